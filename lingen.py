@@ -1,0 +1,341 @@
+"""LinGen: a video diffusion transformer whose cost grows linearly with the number of pixels.
+
+What this file teaches (LinGen, CVPR 2025, figs. 2 to 5): a DiT block in which self-attention is replaced by
+MATE, two linear-cost branches on the same tokens, their outputs added:
+
+    MA-branch   a bidirectional Mamba2 over the flattened grid: short to long range. Its order turns from layer to
+                layer (Rotary Major Scan, scan.py), and pooled *review tokens* show it the whole clip beforehand.
+    TE-branch   TEmporal Swin Attention in small windows (tesa.py): what a one-dimensional scan tears apart.
+
+    clip (b, c, T, H, W) -> patches -> tokens (b, t, h, w, d) -> depth x block -> patches -> clip
+
+    block:   x = x + gate * MATE(modulated norm(x))                the timestep modulates: scale, shift and gate
+             x = x + cross-attention(norm(x), caption)
+             x = x + gate * feed-forward(modulated norm(x))
+
+    b batch   t, h, w the grid of tokens   d width d_model   l = t h w length   n words in the caption
+
+Read in this order: `review_tokens`, `MATE`, `Block`, `LinGen`. `LinGenConfig` can take each part out, or put full
+self-attention in its place: with mixer="attention" the same file is the DiT that the paper compares with.
+"""
+import argparse
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from mamba2_ref import BidirectionalMamba2
+from scan import SCANS, to_grid, to_sequence
+from tesa import TemporalSwinAttention
+
+
+@dataclasses.dataclass(frozen=True)
+class LinGenConfig:
+    """Everything that makes one LinGen differ from another. Sizes in time, height and width are (t, h, w) tuples.
+
+    Raises ValueError at once for a combination that cannot be built.
+    """
+
+    # The clip and its caption
+    channels: int = 3
+    patch: tuple = (4, 4, 4)            # pixels (or latents) of one token
+    grid: tuple = (4, 8, 8)             # entries of the position tables, in tokens; 0: this axis has no table
+    vocab_size: int = 0                 # captions are word numbers 1 ... vocab_size; 0: they are embeddings instead
+    text_dim: int = 0                   # width of those embeddings
+    text_length: int = 64               # words at most
+    predicts: str = "clean"             # the clip behind the noise ("clean"), or "velocity" = data - noise
+    # The transformer
+    d_model: int = 128
+    depth: int = 4
+    nheads: int = 4                     # of all softmax attention: windows, caption, and full
+    mlp_ratio: float = 4.0
+    # MATE and its parts; the paper argues by taking them out one at a time (table 2, figs. 11 and 12)
+    mixer: str = "mate"                 # or "attention": full self-attention, the DiT
+    ma: bool = True                     # the MA-branch
+    tesa: bool = True                   # the TE-branch
+    review: bool = True                 # review tokens
+    scan: str = "rotary"                # the order turns with the layer; or one name of scan.SCANS, or "zigzag"
+    pool: tuple = (2, 4, 4)             # tokens under one review token
+    window: tuple = (4, 4, 4)           # tokens of one TESA window
+    # Mamba2
+    d_state: int = 32
+    headdim: int = 32
+    expand: float = 1.0
+    ngroups: int = 1
+    d_conv: int = 4
+    chunk_size: int = 32
+    backend: str = "auto"               # "torch", "mamba_ssm" or "auto": see mamba2_ref.choose_backend
+
+    def __post_init__(self):
+        for name, least in (("patch", 1), ("grid", 0), ("pool", 1), ("window", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)) or len(value) != 3 or any(type(v) is not int or v < least for v in value):
+                raise ValueError(f"{name} must be three whole numbers (t, h, w) of at least {least}, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        for name in ("channels", "text_length", "d_model", "depth", "nheads", "d_state", "headdim", "ngroups", "d_conv", "chunk_size"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        choices = {"predicts": ("clean", "velocity"), "mixer": ("mate", "attention"), "scan": ("rotary", "zigzag", *SCANS),
+                   "backend": ("auto", "torch", "mamba_ssm")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.d_model % self.nheads or self.d_model % 2:
+            raise ValueError(f"d_model must be even and a multiple of nheads, got d_model={self.d_model}, nheads={self.nheads}")
+        if (self.vocab_size > 0) == (self.text_dim > 0):
+            raise ValueError("captions are either words (vocab_size > 0) or embeddings (text_dim > 0): "
+                             f"got vocab_size={self.vocab_size}, text_dim={self.text_dim}")
+        if self.mixer == "mate" and not (self.ma or self.tesa):
+            raise ValueError("MATE without both of its branches mixes nothing: keep ma or tesa")
+
+    def order(self, layer):
+        """The scan order of a layer: Rotary Major Scan takes l mod 4 (fig. 4)."""
+        return SCANS[layer % 4] if self.scan == "rotary" else self.scan
+
+    def shift(self, layer):
+        """TESA's shift: half a window in every second layer (fig. 5)."""
+        return tuple(size // 2 for size in self.window) if layer % 2 else (0, 0, 0)
+
+
+PRESETS = {
+    # Trains in minutes on a laptop's CPU: see train_tiny.py. No position table for time: what is true of one moment
+    # of the toy world is true of all, and a clip may then be as long as one likes.
+    "tiny": dict(grid=(0, 8, 8)),
+    # For one consumer GPU.
+    "small": dict(channels=16, patch=(1, 2, 2), grid=(34, 16, 16), d_model=768, depth=16, nheads=12, d_state=64, headdim=64,
+                  expand=2.0, text_dim=1024, text_length=256, window=(8, 4, 4), pool=(4, 4, 4), predicts="velocity", chunk_size=64),
+    # The size of the paper's model. Its exact widths are not published; these give 4 billion parameters.
+    "4b": dict(channels=16, patch=(1, 2, 2), grid=(34, 16, 16), d_model=2304, depth=28, nheads=18, d_state=128, headdim=64,
+               expand=2.0, text_dim=4096, text_length=256, window=(8, 4, 4), pool=(4, 4, 4), predicts="velocity", chunk_size=128),
+}
+
+
+def preset(name, **changes):
+    """The LinGenConfig of a preset, with some fields changed: preset("tiny", vocab_size=50, mixer="attention")."""
+    if name not in PRESETS:
+        raise ValueError(f"there is no preset {name!r}; there are: {', '.join(PRESETS)}")
+    return LinGenConfig(**{**PRESETS[name], **changes})
+
+
+# --- MATE ------------------------------------------------------------------------------------------------------
+
+
+def review_tokens(grid, pool):
+    """Average-pooled copies of the tokens, the overview that is read before the scan proper. No parameters.
+
+    grid (b, t, h, w, d), pool (t, h, w) -> (b, ceil(t / pool_t), ceil(h / pool_h), ceil(w / pool_w), d). A block
+    that the grid's edge cuts is averaged over the tokens it has. Raises ValueError for what is no grid or no pool.
+    """
+    pool = (pool,) * 3 if isinstance(pool, int) else tuple(pool)
+    if grid.dim() != 5 or len(pool) != 3 or min(pool) < 1:
+        raise ValueError(f"expected a grid (b, t, h, w, d) and a pool of three numbers of at least 1, got {tuple(grid.shape)} and {pool}")
+    pool = tuple(min(size, p) for size, p in zip(grid.shape[1:4], pool))
+    if any(size % p for size, p in zip(grid.shape[1:4], pool)):
+        pooled = F.avg_pool3d(grid.permute(0, 4, 1, 2, 3), pool, ceil_mode=True, count_include_pad=False)
+        return pooled.permute(0, 2, 3, 4, 1)
+    b, t, h, w, d = grid.shape
+    return grid.reshape(b, t // pool[0], pool[0], h // pool[1], pool[1], w // pool[2], pool[2], d).mean((2, 4, 6))
+
+
+class MATE(nn.Module):
+    """MA-branch plus TE-branch (fig. 2): grid (b, t, h, w, d) -> (b, t, h, w, d).
+
+    Review tokens stand at *both* ends of the sequence. The scan from the left reads the front ones before the first
+    real token, the scan from the right the rear ones; the others it reads last, when they do no harm and are dropped.
+    """
+
+    def __init__(self, config, layer=0):
+        super().__init__()
+        self.order, self.pool = config.order(layer), config.pool if config.review else None
+        self.ma = self.tesa = None
+        if config.ma:
+            self.ma = BidirectionalMamba2(config.d_model, config.d_state, config.d_conv, config.expand, config.headdim,
+                                          config.ngroups, chunk_size=config.chunk_size, backend=config.backend)
+        if config.tesa:
+            self.tesa = TemporalSwinAttention(config.d_model, config.nheads, config.window, config.shift(layer))
+
+    def forward(self, grid):
+        out = 0 if self.tesa is None else self.tesa(grid)
+        if self.ma is None:
+            return out
+        tokens = to_sequence(grid, self.order)                                  # (b, l, d)
+        first, shape = 0, grid.shape[1:4]
+        if self.pool is not None:
+            review = to_sequence(review_tokens(grid, self.pool), self.order)    # (b, l', d), in the order of the scan
+            tokens = torch.cat([review, tokens, review], 1)                     # (b, l' + l + l', d)
+            first = review.shape[1]
+        tokens = self.ma(tokens)[:, first : first + math.prod(shape)]
+        return out + to_grid(tokens, self.order, shape)
+
+
+class FullAttention(nn.Module):
+    """Softmax attention of every token to every token, the DiT's mixer, which MATE replaces: O(l^2)."""
+
+    def __init__(self, d_model, nheads):
+        super().__init__()
+        self.nheads = nheads
+        self.qkv, self.proj = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+
+    def forward(self, grid):
+        q, k, v = rearrange(self.qkv(grid), "b t h w (three n p) -> three b n (t h w) p", three=3, n=self.nheads)
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b n l p -> b l (n p)")
+        return self.proj(out).view(grid.shape)
+
+
+# --- The block ---------------------------------------------------------------------------------------------------
+
+
+class CrossAttention(nn.Module):
+    """Every token asks the words of the caption: x (b, l, d), text (b, n, d), mask (b, n), True where a word stands."""
+
+    def __init__(self, d_model, nheads):
+        super().__init__()
+        self.nheads = nheads
+        self.q, self.kv, self.proj = nn.Linear(d_model, d_model), nn.Linear(d_model, 2 * d_model), nn.Linear(d_model, d_model)
+
+    def forward(self, x, text, mask):
+        q = rearrange(self.q(x), "b l (n p) -> b n l p", n=self.nheads)
+        k, v = rearrange(self.kv(text), "b l (two n p) -> two b n l p", two=2, n=self.nheads)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        return self.proj(rearrange(out, "b n l p -> b l (n p)"))
+
+
+def modulate(x, scale, shift):
+    """Layer norm without weights of its own; the timestep's scale and shift (b, d) take their place."""
+    x = F.layer_norm(x, x.shape[-1:])
+    spread = (-1,) + (1,) * (x.dim() - 2) + x.shape[-1:]
+    return torch.addcmul(shift.view(spread), x, 1 + scale.view(spread))
+
+
+class Block(nn.Module):
+    """One block of the transformer: MATE (or full attention), the caption, the feed-forward. See the file's header."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        d = config.d_model
+        self.mixer = MATE(config, layer) if config.mixer == "mate" else FullAttention(d, config.nheads)
+        self.cross = CrossAttention(d, config.nheads)
+        hidden = int(config.mlp_ratio * d)
+        self.mlp = nn.Sequential(nn.Linear(d, hidden), nn.GELU("tanh"), nn.Linear(hidden, d))
+        # The gates begin at 0, so that every block begins as the identity and deep stacks train from the first step.
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+        nn.init.zeros_(self.modulation[1].weight)
+        nn.init.zeros_(self.modulation[1].bias)
+
+    def forward(self, x, condition, text, mask):
+        b, t, h, w, d = x.shape
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(condition).chunk(6, -1)      # (b, d) each
+        x = torch.addcmul(x, gate1.view(b, 1, 1, 1, d), self.mixer(modulate(x, scale1, shift1)))
+        x = x.view(b, t * h * w, d)
+        x = x + self.cross(F.layer_norm(x, (d,)), text, mask)
+        x = torch.addcmul(x, gate2.view(b, 1, d), self.mlp(modulate(x, scale2, shift2)))
+        return x.view(b, t, h, w, d)
+
+
+# --- The whole denoiser ----------------------------------------------------------------------------------------
+
+
+class LinGen(nn.Module):
+    """The denoiser: a noisy clip, its time and its caption -> the clean clip or the velocity (config.predicts)."""
+
+    def __init__(self, config):
+        super().__init__()
+        if not isinstance(config, LinGenConfig):
+            raise TypeError(f"LinGen takes a LinGenConfig, got {type(config).__name__}; see lingen.preset")
+        self.config, d = config, config.d_model
+        per_patch = config.channels * math.prod(config.patch)
+        self.patch_in = nn.Linear(per_patch, d)
+        # One learnable table per axis, added (factorised positions, as in Movie Gen).
+        self.positions = nn.ParameterList(nn.Parameter(0.02 * torch.randn(size, d)) for size in config.grid)
+        self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+        self.nothing = nn.Parameter(0.02 * torch.randn(d))      # stands before every caption, and alone for an empty one
+        if config.vocab_size:
+            # Choice: the toy's captions are read by one transformer layer of our own, which learns which colour goes
+            # with which shape. A large model takes the embeddings of a frozen text encoder instead.
+            self.words = nn.Embedding(config.vocab_size + 1, d, padding_idx=0)
+            self.word_positions = nn.Parameter(0.02 * torch.randn(config.text_length, d))
+            self.reader = nn.TransformerEncoderLayer(d, config.nheads, 2 * d, dropout=0.0, batch_first=True, norm_first=True)
+        else:
+            self.words = nn.Linear(config.text_dim, d)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+        self.patch_out = nn.Linear(d, per_patch)
+        for layer in (self.modulation[1], self.patch_out):      # begin by predicting zero, the mean of everything
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, clip, t, text):
+        """Args:
+            clip (b, channels, frames, height, width), floating point: data at t = 1, noise at t = 0, and
+                (1 - t) noise + t data between. frames: a multiple of the patch, or 1 (a still image).
+            t (b,): the time of each clip, in [0, 1].
+            text: word numbers (b, n), integer, 0 where there is no word (all 0: the empty caption of guidance); or,
+                with config.text_dim, embeddings (b, n, text_dim).
+        Returns a clip-shaped tensor: the clean clip or the velocity, as config.predicts says.
+        Raises ValueError where something does not fit.
+        """
+        self._check(clip, t, text)
+        still = clip.shape[2] == 1 and self.config.patch[0] > 1
+        if still:                                               # an image fills its patch as a clip that stands still
+            clip = clip.expand(-1, -1, self.config.patch[0], -1, -1)
+        pt, ph, pw = self.config.patch
+        x = self.patch_in(rearrange(clip, "b c (t pt) (h ph) (w pw) -> b t h w (pt ph pw c)", pt=pt, ph=ph, pw=pw))
+        for axis, table in enumerate(self.positions, 1):
+            if len(table):
+                x = x + position_table(table, x.shape[axis]).view([-1 if k == axis else 1 for k in range(4)] + [x.shape[-1]])
+        text, mask = self.read(text)                            # (b, 1 + n, d), (b, 1 + n)
+        # Choice: the mean of the caption's words joins the timestep's embedding. Movie Gen gives the caption by
+        # cross-attention only; with the mean, what holds for the whole clip (its colour) is learnt much sooner.
+        condition = self.time(time_embedding(t).to(x.dtype)) + (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (b, d)
+        for block in self.blocks:
+            x = block(x, condition, text, mask)
+        x = self.patch_out(modulate(x, *self.modulation(condition).chunk(2, -1)))
+        clip = rearrange(x, "b t h w (pt ph pw c) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
+        return clip.mean(2, keepdim=True) if still else clip
+
+    def read(self, text):
+        """Caption -> its words (b, 1 + n, d), the learnt "nothing" first, and the mask (b, 1 + n) of those that stand."""
+        words = self.words(text)                                # (b, n, d)
+        mask = text.new_ones(text.shape[:2], dtype=torch.bool)
+        if self.config.vocab_size:
+            mask, words = text > 0, words + self.word_positions[: text.shape[1]]
+        words = torch.cat([self.nothing.expand(len(text), 1, -1), words], 1)
+        mask = F.pad(mask, (1, 0), value=True)
+        if self.config.vocab_size:
+            words = self.reader(words, src_key_padding_mask=torch.zeros_like(mask, dtype=words.dtype).masked_fill(~mask, -math.inf))
+        return words, mask
+
+    def _check(self, clip, t, text):
+        c = self.config
+        if clip.dim() != 5 or clip.shape[1] != c.channels or not clip.is_floating_point() or 0 in clip.shape:
+            raise ValueError(f"clip must be floating point (batch, {c.channels}, frames, height, width), got {tuple(clip.shape)} {clip.dtype}")
+        for name, size, p in zip(("frames", "height", "width"), clip.shape[2:], c.patch):
+            if size % p and not (name == "frames" and size == 1):
+                raise ValueError(f"{name}={size} must be a multiple of the patch ({p}){' or 1, a still image' if name == 'frames' else ''}: "
+                                 f"take {max(p, size // p * p)} or {(size // p + 1) * p}")
+        if t.shape != clip.shape[:1] or not t.is_floating_point():
+            raise ValueError(f"t must be floating point, one time per clip ({len(clip)},), got {tuple(t.shape)} {t.dtype}")
+        if c.vocab_size:
+            if text.dim() != 2 or len(text) != len(clip) or text.is_floating_point() or text.is_complex() or text.dtype == torch.bool:
+                raise ValueError(f"text must be word numbers ({len(clip)}, n), integer, got {tuple(text.shape)} {text.dtype}")
+        elif text.dim() != 3 or len(text) != len(clip) or text.shape[2] != c.text_dim or not text.is_floating_point():
+            raise ValueError(f"text must be embeddings ({len(clip)}, n, {c.text_dim}), got {tuple(text.shape)} {text.dtype}")
+        if text.shape[1] > c.text_length:
+            raise ValueError(f"the caption has {text.shape[1]} words, this model reads {c.text_length} at most")
+
+
+def position_table(table, size):
+    """Read a table (entries, d) at another size: its first entries where they suffice, interpolated where not."""
+    if size <= len(table):
+        return table[:size]
+    return F.interpolate(table.mT[None], size=size, mode="linear", align_corners=True)[0].mT
+
+
+def time_embedding(t):
+    """t (b,) in [0, 1] -> (b, 256): sines and cosines of wavelengths from 2 pi / 1000 to about 60."""
+    frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device, dtype=torch.float32))
+    angles = 1000 * t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)

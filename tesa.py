@@ -1,0 +1,285 @@
+"""Temporal Swin Attention: softmax attention inside small windows of space and time.
+
+However a clip is laid out in a line (scan.py), a line leaves most neighbours apart. LinGen therefore
+gives every block a second branch, *TESA* (fig. 5 of the paper): cut the grid into small 3-D windows and
+let the tokens of one window attend to each other with plain softmax attention. In every second layer
+the windows are shifted by half a window, so that what was a border lies inside a window and, layer by
+layer, a token hears from ever farther away. The window keeps its size at every resolution and length:
+a token attends to m others however long the clip, so the cost is linear in the number of tokens.
+
+    even layer, window 4:   0 1 2 3 | 4 5 6 7
+    odd layer, shift 2:     0 1 | 2 3 4 5 | 6 7
+
+The odd row has a window more, and broken ones at the ends. As in Swin we roll the grid by the shift
+first, which puts the two broken ends next to each other in one window of full size,
+
+    rolled by 2:            2 3 4 5 | 6 7 0 1
+
+and a mask keeps apart the tokens that only the roll brought together (6 7 from 0 1). The same mask
+keeps out the padding that fills up a grid which the window does not divide.
+
+Symbols: b batch; t, h, w frames, rows, columns of the grid; d width; n heads; e = d/n width of a head;
+k windows in the grid; m tokens in a window.
+
+Run it: `python tesa.py` prints how far tokens hear after each layer, and draws windows, shift and mask.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+# ---------------------------------------------------------------- which tokens share a window
+
+
+def fit(shape, window, shift):
+    """Window and shift as used on a grid of this shape: along an axis no longer than the window, one
+    window covers all, so that it is cut to the axis (no padding to compute) and there is no shift."""
+    pairs = [(size, 0) if win >= size else (win, by) for size, win, by in zip(shape, window, shift)]
+    return tuple(win for win, _ in pairs), tuple(by for _, by in pairs)
+
+
+def windows(shape, window, shift):
+    """The windows of fig. 5: an int64 (t, h, w) that numbers the window of each token.
+
+    shape, window, shift  each (t, h, w), with 0 <= shift < window; ValueError for anything else
+    Two tokens may attend to each other if and only if their numbers are equal. Along each axis the
+    windows start at shift, shift + window, ...; what lies before the first start is a window of its own.
+    """
+    _check(window, shift)
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"shape is {tuple(shape)}; expected three sizes (t, h, w) of at least 1")
+    window, shift = fit(shape, window, shift)
+    number = torch.zeros(1, 1, 1, dtype=torch.int64, device="cpu")
+    for axis, (size, win, by) in enumerate(zip(shape, window, shift)):
+        along = (torch.arange(size, device="cpu") - by) // win
+        along = (along - along[0]).view([-1 if i == axis else 1 for i in range(3)])  # the first is number 0
+        number = number * (int(along.max()) + 1) + along
+    return number
+
+
+def partition(grid, window, shift):
+    """Roll, pad and cut a grid into windows that `fit` has fitted to it: (b, t, h, w, d) -> (b, k, m, d)."""
+    pad = [(-size) % win for size, win in zip(grid.shape[1:4], window)]
+    if any(pad):  # at the far end of each axis; F.pad counts axes from the last, which is d
+        grid = F.pad(grid, (0, 0, 0, pad[2], 0, pad[1], 0, pad[0]))
+    if any(shift):
+        grid = grid.roll([-by for by in shift], (1, 2, 3))
+    return rearrange(grid, "b (kt t) (kh h) (kw w) d -> b (kt kh kw) (t h w) d",
+                     t=window[0], h=window[1], w=window[2])  # (b, k, m, d)  # fmt: skip
+
+
+def unpartition(parts, shape, window, shift):
+    """The inverse of `partition`: (b, k, m, d) -> (b, t, h, w, d), without the padding."""
+    kt, kh, kw = (-(-size // win) for size, win in zip(shape, window))
+    grid = rearrange(parts, "b (kt kh kw) (t h w) d -> b (kt t) (kh h) (kw w) d",
+                     kt=kt, kh=kh, kw=kw, t=window[0], h=window[1], w=window[2])  # fmt: skip
+    if any(shift):
+        grid = grid.roll(shift, (1, 2, 3))
+    return grid[:, : shape[0], : shape[1], : shape[2]]  # (b, t, h, w, d)
+
+
+# Mask and index depend on shapes alone: made once for each, not in every step. A tensor born in inference
+# mode could never serve autograd, and the first to ask may be a sampler: hence inference_mode(False).
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def window_mask(shape, window, shift, device):
+    """Which token may attend to which: bool (k, m, m), or None where every window is whole."""
+    window, shift = fit(shape, window, shift)
+    if not any(shift) and not any(size % win for size, win in zip(shape, window)):
+        return None
+    # Numbers from 1 up, so that the zeros of the padding are a window of their own: no token attends to
+    # padding, and a row of padding still attends to itself, since softmax over nothing would be NaN.
+    number = partition((windows(shape, window, shift) + 1)[None, ..., None], window, shift)[0, ..., 0]  # (k, m)
+    return (number[:, :, None] == number[:, None, :]).to(device)  # (k, m, m)
+
+
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def bias_index(window, full, device):
+    """For each pair of tokens of a window, the row of the bias table for the offset between them: int64
+    (m, m). The table is made for the window `full`; a window cut to a small grid reads its middle."""
+    place = torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in window))  # (m, 3)
+    offset = place[:, None] - place[None, :] + torch.tensor(full, device="cpu") - 1  # (m, m, 3), from 0 to 2*full - 2
+    _, high, wide = (2 * size - 1 for size in full)
+    return ((offset[..., 0] * high + offset[..., 1]) * wide + offset[..., 2]).to(device)  # (m, m)
+
+
+# ---------------------------------------------------------------- the attention
+
+
+class TemporalSwinAttention(nn.Module):
+    """TESA (fig. 5): (b, t, h, w, d) -> the same shape and dtype; any t, h, w >= 1.
+
+    d_model   d, a multiple of nheads
+    window    (t, h, w) in tokens. choice: the paper says only "small"; callers choose
+    shift     (t, h, w), 0 <= shift < window: (0, 0, 0) in even layers, half a window in odd ones
+    Along an axis that the window covers whole, it is cut to the axis and the shift is dropped.
+    ValueError for sizes that do not fit, in the constructor and in forward.
+
+    choice: a learnable bias for each offset and head, as in Swin, since inside a window attention would
+    otherwise know the order of its tokens only from what the model added to them at its entrance.
+    """
+
+    def __init__(self, d_model, nheads, window=(4, 4, 4), shift=(0, 0, 0)):
+        super().__init__()
+        if nheads < 1 or d_model < 1 or d_model % nheads:
+            raise ValueError(f"d_model={d_model} cannot be split among nheads={nheads}; choose a multiple of nheads")
+        _check(window, shift)
+        self.nheads, self.window, self.shift = nheads, tuple(window), tuple(shift)
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.proj = nn.Linear(d_model, d_model)
+        offsets = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
+        self.bias = nn.Parameter(torch.empty(offsets, nheads))
+        nn.init.trunc_normal_(self.bias, std=0.02)  # choice: as Swin
+
+    def forward(self, grid):
+        d = self.proj.in_features
+        if grid.ndim != 5 or grid.shape[-1] != d or 0 in grid.shape[1:4]:
+            raise ValueError(f"grid has shape {tuple(grid.shape)}; expected (b, t, h, w, {d}) with t, h, w >= 1")
+        b, shape = grid.shape[0], tuple(grid.shape[1:4])
+        window, shift = fit(shape, self.window, self.shift)
+        parts = partition(grid, window, shift)  # (b, k, m, d)
+        k = parts.shape[1]
+        q, key, v = rearrange(self.qkv(parts), "b k m (three n e) -> three (b k) n m e", three=3, n=self.nheads)
+
+        # Read first and cast after: many pairs share an entry, and their gradients add up in its own precision.
+        bias = self.bias[bias_index(window, self.window, grid.device)].to(q.dtype)  # (m, m, n)
+        bias = rearrange(bias, "i j n -> 1 n i j")
+        mask = window_mask(shape, window, shift, grid.device)
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, None], float("-inf"))  # (k, n, m, m)
+            # Windows of all clips share one axis, since the fast kernels want four axes and no more.
+            bias = bias.expand(b, *bias.shape).flatten(0, 1) if b > 1 else bias  # (b*k, n, m, m)
+        out = F.scaled_dot_product_attention(q, key, v, attn_mask=bias)  # (b*k, n, m, e)
+
+        out = rearrange(out, "(b k) n m e -> b k m (n e)", b=b, k=k)
+        return self.proj(unpartition(out, shape, window, shift))  # (b, t, h, w, d)
+
+
+def _check(window, shift):
+    for name, sizes in (("window", window), ("shift", shift)):
+        if len(sizes) != 3 or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
+            raise ValueError(f"{name} is {sizes!r}; expected three whole numbers (t, h, w)")
+    if min(window) < 1:
+        raise ValueError(f"window is {tuple(window)}; every size must be at least 1")
+    if any(not 0 <= by < win for win, by in zip(window, shift)):
+        raise ValueError(f"shift is {tuple(shift)} for window {tuple(window)}; expected 0 <= shift < window on an axis")
+
+
+# ---------------------------------------------------------------- the demonstration
+
+
+def spread(shape, layers):
+    """Which tokens have heard of the middle token after each layer: a list of bool (t, h, w).
+
+    layers  the `windows` of each layer in turn"""
+    heard, after = torch.zeros(shape, dtype=torch.bool), []
+    heard[tuple(size // 2 for size in shape)] = True
+    for number in layers:
+        heard = torch.isin(number, number[heard])
+        after.append(heard)
+    return after
+
+
+def draw(shape, window, shift):
+    """Fig. 5 as a PIL image: windows of an even and an odd layer, the roll, the spread, one window's mask."""
+    from PIL import Image, ImageDraw, ImageFont  # only the picture needs it
+
+    s = 3  # drawn larger and shrunk at the end, which smooths text and lines
+    fitted, by = fit(shape, window, shift)
+    full = [-(-size // win) * win for size, win in zip(shape, fitted)]  # with the padding
+    cell = max(2, min(20, (1040 // min(full[0], 8) - 14) // full[2]))
+    step, tall, side = cell * full[2] + 14, cell * full[1] + 62, 256
+    img = Image.new("RGB", (s * 1060, s * (4 * tall + side + 70)), "white")
+    pen, font = ImageDraw.Draw(img), ImageFont.load_default(size=14 * s)
+
+    def text(x, y, words, **how):
+        pen.text((s * x, s * y), words, font=font, fill="#222222", **how)
+
+    def box(x, y, wide, high, **how):
+        pen.rectangle([s * x, s * y, s * (x + wide), s * (y + high)], **how)
+
+    def frames(row, title, colours, number, times):  # colours and number (t, h, w); a line where number changes
+        text(20, 14 + tall * row, title)
+        t, h, w = colours.shape
+        for f in range(min(t, 8)):
+            left, up = 20 + step * f, 40 + tall * row
+            for y, x in torch.cartesian_prod(torch.arange(h), torch.arange(w)).tolist():
+                at = left + cell * x, up + cell * y
+                box(*at, cell, cell, fill=palette[colours[f, y, x]], outline="#FFFFFF")
+                if x and number[f, y, x] != number[f, y, x - 1]:
+                    box(at[0] - 1, at[1], 2, cell, fill="#222222")
+                if y and number[f, y, x] != number[f, y - 1, x]:
+                    box(at[0], at[1] - 1, cell, 2, fill="#222222")
+            box(left, up, cell * w, cell * h, outline="#222222", width=2 * s)
+            label = f"t = {times[f]}" if times[f] < shape[0] else "padding"
+            text(left + cell * w / 2, up + cell * h + 4, label, anchor="ma")
+
+    def paint(number):  # windows that touch along an axis, also around the ends, get different colours
+        kt, kh, kw = (n.unique(return_inverse=True)[1] for n in (number[:, 0, 0], number[0, :, 0], number[0, 0, :]))
+        return (5 * kt[:, None, None] + 2 * kh[:, None] + kw) % 6
+
+    # Six colours of Okabe and Ito, lightened; then white to blue for the spread, grey for padding.
+    palette = "#80B9D9 #F3CF80 #80CFB9 #EAAF80 #ABDAF4 #E6BCD3 #FFFFFF #D6E8F2 #A6CEE4 #5CA6CF #0072B2 #DDDDDD".split()
+    even, odd = windows(shape, window, (0, 0, 0)), windows(shape, window, shift)
+    times = list(range(full[0]))
+    frames(0, f"even layer: windows of {' x '.join(map(str, fitted))} tokens", paint(even), even, times)
+    frames(1, f"odd layer: shifted by {by}", paint(odd), odd, times)
+    grey = [n for size, whole in zip(shape[::-1], full[::-1]) for n in (0, whole - size)]
+    frames(2, "odd layer as computed: rolled, so that broken windows share whole ones; the mask keeps colours apart",
+           F.pad(paint(odd), grey, value=11).roll([-n for n in by], (0, 1, 2)),
+           windows(full, fitted, (0, 0, 0)), times[by[0] :] + times[: by[0]])  # fmt: skip
+    after = sum(spread(shape, [even, odd, even, odd]))  # 4: heard after the first layer; 0: not after four
+    frames(3, "has heard of the middle token after 1 layer (darkest), 2, 3, 4 layers, or not yet (white)",
+           after.long() + 6, after, times)  # fmt: skip
+
+    mask, m, top = window_mask(shape, window, shift, torch.device("cpu")), even.flatten().bincount()[0], 14 + 4 * tall
+    mask = torch.ones(m, m, dtype=torch.bool) if mask is None else mask[-1]
+    tile = Image.fromarray(mask.numpy().astype("uint8") * 255).resize((s * side, s * side), Image.Resampling.NEAREST)
+    img.paste("#0072B2", (s * 20, s * (top + 26)), tile)
+    box(20, top + 26, side, side, outline="#222222", width=s)
+    text(20, top, f"mask of the last window of an odd layer: {m} x {m} tokens, counted along t, y, x (x fastest)")
+    text(side + 50, top + 26, "Row: the token that asks.  Column: the token it asks.\n"
+         "Blue: may attend (padding only to itself).  White: may not.\n\n"
+         "The window is broken along each axis that is shifted;\n"
+         "only tokens of one colour above belong together.", spacing=8 * s)  # fmt: skip
+    return img.resize((img.width // s, img.height // s), Image.Resampling.LANCZOS)
+
+
+if __name__ == "__main__":
+    import argparse
+    import sys
+
+    parser = argparse.ArgumentParser(description="Windows, shift and mask of Temporal Swin Attention (fig. 5).")
+    for name, default, words in (("--grid", [8, 8, 8], "frames, rows, columns of tokens"),
+                                 ("--window", [4, 4, 4], "size of a window"),
+                                 ("--shift", None, "shift of the odd layers (default: half a window)")):  # fmt: skip
+        parser.add_argument(name, type=int, nargs=3, default=default, metavar=("T", "H", "W"),
+                            help=words + (f" (default {' '.join(map(str, default))})" if default else ""))  # fmt: skip
+    parser.add_argument("--out", default="tesa_windows.png", help="the picture (default tesa_windows.png)")
+    args = parser.parse_args()
+    shape, window = tuple(args.grid), tuple(args.window)
+    shift = tuple(args.shift or (size // 2 for size in window))
+    length = shape[0] * shape[1] * shape[2]
+    if max(shape) > 64:
+        parser.error(f"--grid {args.grid}: more than 64 along an axis is too much to draw")
+    try:
+        layers = [windows(shape, window, by) for by in ((0, 0, 0), shift)] * 2
+    except ValueError as error:
+        parser.error(str(error))
+    (wt, wh, ww), by = fit(shape, window, shift)
+    print(f"grid {shape}: {length} tokens; windows of {wt} x {wh} x {ww} = {wt * wh * ww}; odd layers shift by {by}\n")
+    print("layer   windows   share of pairs   tokens that have heard of the middle one   span t, y, x")
+    for i, (number, heard) in enumerate(zip(layers, spread(shape, layers))):
+        sizes = number.flatten().bincount()
+        span = " ".join(f"{len(axis.unique()):3d}" for axis in heard.nonzero().T)
+        pairs = 100 * sizes.square().sum() / length**2
+        print(f"{i:5}   {len(sizes):7}   {pairs:12.2f} %   {heard.sum():20} of {length:<17}   {span}")
+    try:
+        draw(shape, window, shift).save(args.out)
+    except (OSError, ValueError) as error:  # ValueError: an ending that Pillow does not know
+        sys.exit(f"cannot write {args.out}: {error}")  # a message and exit code 1
+    print(f"\nwrote {args.out}")
