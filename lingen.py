@@ -21,6 +21,7 @@ self-attention in its place: with mixer="attention" the same file is the DiT tha
 import argparse
 import dataclasses
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,7 @@ class LinGenConfig:
 PRESETS = {
     # Trains in minutes on a laptop's CPU: see train_tiny.py. No position table for time: what is true of one moment
     # of the toy world is true of all, and a clip may then be as long as one likes.
-    "tiny": dict(grid=(0, 8, 8)),
+    "tiny": dict(grid=(0, 8, 8), window=(2, 8, 8)),
     # For one consumer GPU.
     "small": dict(channels=16, patch=(1, 2, 2), grid=(34, 16, 16), d_model=768, depth=16, nheads=12, d_state=64, headdim=64,
                   expand=2.0, text_dim=1024, text_length=256, window=(8, 4, 4), pool=(4, 4, 4), predicts="velocity", chunk_size=64),
@@ -339,3 +340,125 @@ def time_embedding(t):
     frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device, dtype=torch.float32))
     angles = 1000 * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+# --- The demonstration: what flows through a block, and what it costs ---------------------------------------
+
+
+def describe(config, frames, height, width, words=8):
+    """One row per part of the model: (name, shape that leaves it, parameters, multiply-adds per clip), on the meta device.
+
+    Multiply-adds are those of matrix products, as torch counts them; the scan's own are among them.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"):
+        model = LinGen(dataclasses.replace(config, backend="torch"))
+        clip, t = torch.empty(1, config.channels, frames, height, width), torch.empty(1)
+        text = torch.zeros(1, words, dtype=torch.long) if config.vocab_size else torch.empty(1, words, config.text_dim)
+    first, shapes = model.blocks[0], {}
+    mate = config.mixer == "mate"
+    parts = {"patch_in": model.patch_in, "block 0": first,
+             **({"  MA-branch": first.mixer.ma, "  TE-branch": first.mixer.tesa} if mate else {"  full attention": first.mixer}),
+             "  cross-attention": first.cross, "  feed-forward": first.mlp, "  modulation": first.modulation, "patch_out": model.patch_out}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    flops = {}
+    for name, part in parts.items():                            # each part counts what passes while it runs
+        counter = FlopCounterMode(display=False)
+
+        def start(part, inputs, counter=counter):
+            counter.__enter__()
+
+        def stop(part, inputs, out, counter=counter, name=name):
+            counter.__exit__(None, None, None)
+            flops[name], shapes[name] = counter.get_total_flops() // 2, tuple(out.shape)
+        part.register_forward_pre_hook(start)
+        part.register_forward_hook(stop)
+    with FlopCounterMode(display=False) as whole:
+        out = model(clip, t, text)
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    rows = [(name, shapes[name], count(part), flops[name]) for name, part in parts.items()]
+    return rows + [(f"whole model ({config.depth} blocks)", tuple(out.shape), count(model), whole.get_total_flops() // 2)]
+
+
+def draw_block():
+    """Fig. 2 as a PIL image: the block, and MATE inside it."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    s, ink = 2, "#222222"
+    image = Image.new("RGB", (s * 900, s * 430), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=14 * s)
+
+    def box(x, y, wide, high, words, fill):
+        pen.rounded_rectangle([s * x, s * y, s * (x + wide), s * (y + high)], 8 * s, fill, ink, s)
+        pen.multiline_text((s * (x + wide / 2), s * (y + high / 2)), words, ink, font, anchor="mm", align="center", spacing=4 * s)
+
+    def arrow(*points):
+        pen.line([(s * x, s * y) for x, y in points], ink, 2 * s)
+        (x0, y0), (x, y) = points[-2:]
+        dx, dy = (x > x0) - (x < x0), (y > y0) - (y < y0)
+        pen.polygon([(s * (x + a * dx + c * dy), s * (y + a * dy + c * dx)) for a, c in ((0, 0), (-9, 5), (-9, -5))], ink)
+
+    def say(x, y, words, anchor="lm"):
+        pen.text((s * x, s * y), words, ink, font, anchor=anchor)
+
+    blue, orange, green, grey = "#BFDCEC", "#F9E7BF", "#BFE7DC", "#EEEEEE"
+    say(20, 20, "one block of LinGen")
+    for y, words, fill in ((50, "norm, modulated by time\nMATE\ngate", blue), (170, "norm\ncross-attention\nto the caption", grey),
+                           (290, "norm, modulated by time\nfeed-forward\ngate", grey)):
+        box(70, y, 230, 76, words, fill)
+        arrow((40, y + 38), (70, y + 38))
+        arrow((300, y + 38), (330, y + 38), (330, y + 98), (48, y + 98))
+        pen.ellipse([s * 33, s * (y + 91), s * 47, s * (y + 105)], "white", ink, s)
+        say(40, y + 98, "+", "mm")
+    arrow((40, 40), (40, 415))
+    say(390, 20, "MATE: two branches of linear cost, added")
+    say(390, 48, "MA-branch: short to long range")
+    box(390, 66, 150, 66, "flatten the grid:\nRotary Major Scan\n(order = layer mod 4)", orange)
+    box(565, 66, 150, 66, "review tokens in\nfront and behind\n(pooled overview)", orange)
+    box(740, 66, 140, 66, "Mamba2 from the\nleft + Mamba2\nfrom the right", orange)
+    arrow((540, 99), (565, 99))
+    arrow((715, 99), (740, 99))
+    say(390, 178, "TE-branch: near in space, medium in time")
+    box(390, 196, 150, 66, "cut into windows,\nshifted in every\nsecond layer", green)
+    box(565, 196, 315, 66, "softmax attention inside each window (TESA)", green)
+    arrow((540, 229), (565, 229))
+    arrow((810, 132), (810, 160), (895, 160), (895, 320), (660, 320))
+    arrow((722, 262), (722, 292), (650, 292), (650, 312))
+    pen.ellipse([s * 641, s * 311, s * 659, s * 329], "white", ink, s)
+    say(650, 320, "+", "mm")
+    arrow((641, 320), (560, 320))
+    say(550, 320, "back to the grid (t, h, w)", "rm")
+    say(390, 366, "Take a part out or swap it by one field of LinGenConfig:")
+    say(390, 388, "mixer, ma, tesa, review, scan, window, pool, backend")
+    return image.resize((900, 430), Image.Resampling.LANCZOS)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The shapes that flow through LinGen, its parameters and its operations, part by part (fig. 2).")
+    parser.add_argument("--preset", choices=PRESETS, default="tiny")
+    parser.add_argument("--mixer", choices=("mate", "attention"), default="mate", help="attention: the DiT that the paper compares with")
+    parser.add_argument("--size", type=int, nargs=3, metavar=("FRAMES", "HEIGHT", "WIDTH"),
+                        help="of the clip, in the model's pixels or latents (default: what its position tables are made for)")
+    parser.add_argument("--out", default="lingen_block.png", help="the picture of the block (default lingen_block.png)")
+    args = parser.parse_args()
+    config = preset(args.preset, mixer=args.mixer, **({"vocab_size": 40} if args.preset == "tiny" else {}))
+    size = args.size or [p * (g or 4) for p, g in zip(config.patch, config.grid)]
+    if max(size) > 10**5:
+        parser.error(f"--size {' '.join(map(str, size))}: 100000 along an axis at most")
+    try:
+        rows = describe(config, *size)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"preset {args.preset}, {args.mixer}: clip of {' x '.join(map(str, size))}, patches of {' x '.join(map(str, config.patch))}\n")
+    print(f"{'part':26} {'shape':26} {'parameters':>14} {'million multiply-adds':>24}")
+    for name, shape, parameters, products in rows:
+        print(f"{name:26} {str(shape):26} {parameters:>14,} {products / 1e6:>24,.1f}")
+    try:
+        draw_block().save(args.out)
+    except (OSError, ValueError) as error:
+        sys.exit(f"cannot write {args.out}: {error}")
+    print(f"\nwrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

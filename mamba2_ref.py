@@ -617,3 +617,68 @@ class BidirectionalMamba2(Mamba2):
 
     def forward(self, u):
         return super().forward(u)
+
+
+# --- The demonstration: the forms agree, and what they look like ---------------------------------------------
+
+
+def attention_maps(l=48, seed=0):
+    """(L, one direction, both): the decay matrix of one head and the maps by which x turns into y, each (l, l).
+
+    The maps are read off the scan itself: column j is the answer to an impulse at token j.
+    """
+    make = torch.Generator().manual_seed(seed)
+    dt, A = 0.02 + 0.3 * torch.rand(1, l, 1, generator=make), -torch.ones(1)
+    B = 0.5 + torch.rand(1, l, 1, 8, generator=make)                # answers and questions that vary from token to token
+    C = 0.5 + torch.rand(1, l, 1, 8, generator=make)
+    impulses = torch.eye(l)[None, :, None]                                  # (1, l, 1, p = l): one impulse per channel
+    one, both = (scan(impulses, dt, A, B, C)[0, :, 0] for scan in (ssd_chunked, ssd_bidirectional))
+    return segment_sums((dt * A)[0, :, 0]).exp(), one, both
+
+
+def draw(maps, titles):
+    """Matrices as a PIL image, white to blue, the rows being the tokens that read."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    side, gap, font = 320, 24, ImageFont.load_default(size=14)
+    image = Image.new("RGB", (gap + len(maps) * (side + gap), side + 84), "white")
+    pen = ImageDraw.Draw(image)
+    for k, (values, title) in enumerate(zip(maps, titles)):
+        shade = (values / values.max()).clamp(0, 1).pow(0.6)[..., None]             # the power lifts what is faint
+        pixels = (255 + shade * (torch.tensor([0x00, 0x72, 0xB2]) - 255)).byte().numpy()
+        left = gap + k * (side + gap)
+        image.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (left, 40))
+        pen.rectangle([left, 40, left + side, 40 + side], outline="#222222")
+        pen.text((left, 14), title, font=font, fill="#222222")
+    pen.text((gap, side + 52), "row: the token that reads     column: the token that is read     white 0, blue the largest", font=font, fill="#222222")
+    return image
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Three forms of one scan: how well they agree, and what they look like (LinGen fig. 3).")
+    parser.add_argument("--length", type=int, default=300, help="tokens to compare the forms on (default 300)")
+    parser.add_argument("--out", default="mamba2_maps.png", help="the picture (default mamba2_maps.png)")
+    args = parser.parse_args()
+    if not 1 <= args.length <= 4096:
+        parser.error(f"--length {args.length}: choose 1 to 4096; the recurrence walks token by token")
+    torch.manual_seed(0)
+    b, l, h, p, g, n = 1, args.length, 4, 16, 1, 16
+    inputs = dict(x=torch.randn(b, l, h, p), dt=torch.rand(b, l, h), A=-torch.rand(h), B=torch.randn(b, l, g, n), C=torch.randn(b, l, g, n))
+    judge = ssd_recurrent(**{name: t.double() for name, t in inputs.items()})
+    print(f"{l} tokens, {h} heads of {p}, d_state {n}: RMS error over RMS, against the recurrence in float64\n")
+    print("form            float64    float32")
+    for name, form in (("recurrent", ssd_recurrent), ("quadratic", ssd_quadratic), ("chunked, plain", ssd_chunked_plain), ("chunked, fast", ssd_chunked)):
+        errors = []
+        for dtype in (torch.float64, torch.float32):
+            y = form(**{key: t.to(dtype) for key, t in inputs.items()})
+            errors.append(((y - judge).square().mean() / judge.square().mean()).sqrt().item())
+        print(f"{name:15} {errors[0]:.1e}    {errors[1]:.1e}")
+    try:
+        draw(attention_maps(), ("L: what one head has not forgotten", "one direction: L o C B^T", "both directions")).save(args.out)
+    except (OSError, ValueError) as error:
+        sys.exit(f"cannot write {args.out}: {error}")
+    print(f"\nwrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -25,6 +25,7 @@ Run it: `python tesa.py` prints how far tokens hear after each layer, and draws 
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,7 @@ def unpartition(parts, shape, window, shift):
     return grid[:, : shape[0], : shape[1], : shape[2]]  # (b, t, h, w, d)
 
 
-# Mask and index depend on shapes alone: made once for each, not in every step. A tensor born in inference
+# Mask and rotation depend on shapes alone: made once for each, not in every step. A tensor born in inference
 # mode could never serve autograd, and the first to ask may be a sampler: hence inference_mode(False).
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
@@ -98,13 +99,19 @@ def window_mask(shape, window, shift, device):
 
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def bias_index(window, full, device):
-    """For each pair of tokens of a window, the row of the bias table for the offset between them: int64
-    (m, m). The table is made for the window `full`; a window cut to a small grid reads its middle."""
-    place = torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in window))  # (m, 3)
-    offset = place[:, None] - place[None, :] + torch.tensor(full, device="cpu") - 1  # (m, m, 3), from 0 to 2*full - 2
-    _, high, wide = (2 * size - 1 for size in full)
-    return ((offset[..., 0] * high + offset[..., 1]) * wide + offset[..., 2]).to(device)  # (m, m)
+def rotation(window, e, dtype, device):
+    """Cosines and sines (m, e) that turn queries and keys by their place in the window: rotary positions.
+
+    The e/2 pairs of features (i, i + e/2) take the axes t, h, w in turn, each with wavelengths from about 2
+    to 14 tokens. A score then depends on places through their differences alone.
+    """
+    place = torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in window)).view(-1, 3).double()  # (m, 3)
+    pairs, angles = e // 2, torch.zeros(len(place), e, dtype=torch.float64, device="cpu")  # an odd feature left over keeps angle 0
+    for axis in range(3):
+        own = torch.arange(axis, pairs, 3, device="cpu")
+        waves = math.pi * 2 ** (-3 * (own // 3 + 0.5).double() / max(1, len(own)))
+        angles[:, own] = angles[:, own + pairs] = place[:, axis, None] * waves
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
 # ---------------------------------------------------------------- the attention
@@ -119,8 +126,9 @@ class TemporalSwinAttention(nn.Module):
     Along an axis that the window covers whole, it is cut to the axis and the shift is dropped.
     ValueError for sizes that do not fit, in the constructor and in forward.
 
-    choice: a learnable bias for each offset and head, as in Swin, since inside a window attention would
-    otherwise know the order of its tokens only from what the model added to them at its entrance.
+    choice: rotary positions inside the window, where Swin has a table of biases. A bias prefers an offset once and
+    for all; a turned query asks for "the token one to the left of me, one moment ago" if its caption says
+    "moving right", and for another if it says "up". On the toy this is what makes motion learnable soon.
     """
 
     def __init__(self, d_model, nheads, window=(4, 4, 4), shift=(0, 0, 0)):
@@ -131,9 +139,6 @@ class TemporalSwinAttention(nn.Module):
         self.nheads, self.window, self.shift = nheads, tuple(window), tuple(shift)
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.proj = nn.Linear(d_model, d_model)
-        offsets = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
-        self.bias = nn.Parameter(torch.empty(offsets, nheads))
-        nn.init.trunc_normal_(self.bias, std=0.02)  # choice: as Swin
 
     def forward(self, grid):
         d = self.proj.in_features
@@ -143,20 +148,24 @@ class TemporalSwinAttention(nn.Module):
         window, shift = fit(shape, self.window, self.shift)
         parts = partition(grid, window, shift)  # (b, k, m, d)
         k = parts.shape[1]
-        q, key, v = rearrange(self.qkv(parts), "b k m (three n e) -> three (b k) n m e", three=3, n=self.nheads)
+        qkv = rearrange(self.qkv(parts), "b k m (three n e) -> three (b k) n m e", three=3, n=self.nheads)
+        cos, sin = rotation(window, qkv.shape[-1], qkv.dtype, grid.device)  # (m, e)
+        (q, key), v = qkv[:2] * cos + quarter_turn(qkv[:2]) * sin, qkv[2]  # (b*k, n, m, e)
 
-        # Read first and cast after: many pairs share an entry, and their gradients add up in its own precision.
-        bias = self.bias[bias_index(window, self.window, grid.device)].to(q.dtype)  # (m, m, n)
-        bias = rearrange(bias, "i j n -> 1 n i j")
-        mask = window_mask(shape, window, shift, grid.device)
+        mask = window_mask(shape, window, shift, grid.device)  # (k, m, m)
         if mask is not None:
-            bias = bias.masked_fill(~mask[:, None], float("-inf"))  # (k, n, m, m)
             # Windows of all clips share one axis, since the fast kernels want four axes and no more.
-            bias = bias.expand(b, *bias.shape).flatten(0, 1) if b > 1 else bias  # (b*k, n, m, m)
-        out = F.scaled_dot_product_attention(q, key, v, attn_mask=bias)  # (b*k, n, m, e)
+            mask = mask[None, :, None].expand(b, -1, -1, -1, -1).flatten(0, 1)  # (b*k, 1, m, m)
+        out = F.scaled_dot_product_attention(q, key, v, attn_mask=mask)  # (b*k, n, m, e)
 
         out = rearrange(out, "(b k) n m e -> b k m (n e)", b=b, k=k)
         return self.proj(unpartition(out, shape, window, shift))  # (b, t, h, w, d)
+
+
+def quarter_turn(x):
+    """Each pair of features (i, i + e/2) turned by 90 degrees; the odd one out stays, its sine being 0."""
+    half = x.shape[-1] // 2
+    return torch.cat([-x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]], -1)
 
 
 def _check(window, shift):

@@ -1,0 +1,561 @@
+"""From a caption to a clip: Euler steps along a learnt flow, guidance, and a file that one can watch.
+
+    python sample.py "a red circle moving right" --out clip.gif
+
+Flow matching ties noise to data by straight lines, x_t = (1 - t)*noise + t*data, so that along each line
+the velocity is data - noise. The model has learnt the mean velocity at (x_t, t, caption), and sampling is
+nothing but following it from t = 0 (noise) to t = 1 (a clip) in finite steps. In order of explanation:
+
+    words, encode              caption -> numbers of words                    (b, n) int64
+    times                      where the steps stop                           (steps + 1,)
+    sample                     the steps themselves                           (b, c, t, h, w) in [-1, 1]
+    load_checkpoint, load_model
+    to_frames, write_clip, read_settings, draw_emerging                       (frames, height, width, 3) uint8
+    main                       the command line
+
+Symbols: b clips, n words, c channels, t frames (and, as a number from 0 to 1, the time of the flow).
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from tqdm import tqdm
+
+try:
+    import resource  # for the peak of memory; Unix only
+except ImportError:
+    resource = None
+
+# torch (and lingen, which needs it) takes seconds to import. A mistyped option should not wait for that, so
+# the functions below that need it import it themselves.
+
+FORMAT = "lingen-tiny-1"
+KEYS = {"config": dict, "vocabulary": list, "weights": dict, "sampling": dict}  # what a checkpoint must hold
+ENDINGS = (".gif", ".webp", ".png", ".npy")
+SCHEDULES = ("uniform", "linear-quadratic", "shifted")
+# The seed ends at 32 bits because torch's generator on the CPU reads no more: seed + 2**32 would be the same
+# noise under another name. Movie Gen's schedule imitates 1000 steps, so more than that are never of use.
+LIMITS = {"frames": (int, 1, 4096), "height": (int, 1, 4096), "width": (int, 1, 4096), "steps": (int, 1, 1000),
+          "seed": (int, 0, 2**32 - 1), "scale": (int, 1, 64), "fps": (float, 1, 100), "shift": (float, 1, 100),
+          "guidance": (float, 0, 100)}
+
+
+# ---- captions ---------------------------------------------------------------------------------------------
+
+def words(caption: str) -> list[str]:
+    """Lower-case words of a caption; spaces, hyphens and plain punctuation only separate ("up-left": up, left).
+
+    Raises ValueError for an empty caption and for characters that no plain caption has (control characters,
+    marks that turn the direction of writing, symbols), since dropping them unseen would change the meaning.
+    """
+    if not isinstance(caption, str):
+        raise ValueError(f"a caption is a string, not {type(caption).__name__}: {caption!a:.60}")
+    odd = re.search(r"[^\w\s.,;:!?'\"()/-]|_", caption)
+    if odd:
+        raise ValueError(f"the caption {caption!a:.60} holds the character {odd[0]!a}; write plain words")
+    found = re.findall(r"\w+", caption.lower())
+    if not found:
+        raise ValueError(f"the caption {caption!a:.60} is empty; write a few words, as in \"a red circle moving right\"")
+    return found
+
+
+def encode(captions: list[str], vocabulary: list[str], limit: int = 64):
+    """Captions as numbers of words, (b, n) int64: word i of the vocabulary has number i + 1; 0 pads the rest.
+
+    Raises ValueError for a word that the vocabulary lacks and for a caption of more than `limit` words.
+    """
+    import torch
+    number = {word: i + 1 for i, word in enumerate(vocabulary)}
+    rows = [words(caption) for caption in captions]
+    if not rows:
+        raise ValueError("no caption came in; give at least one")
+    for row in rows:
+        if len(row) > limit:
+            raise ValueError(f"a caption has {len(row)} words, the model reads {limit}; shorten it")
+        for word in row:
+            if word not in number:
+                near = difflib.get_close_matches(word[:40], vocabulary, n=1, cutoff=0.5)
+                raise ValueError(f"the model does not know the word {word!a:.40}"
+                                 + (f"; did you mean {near[0]!a}?" if near else ";")
+                                 + f" It knows: {', '.join(map(str, vocabulary)):.2000}")
+    longest = max(map(len, rows))
+    return torch.tensor([[number[word] for word in row] + [0] * (longest - len(row)) for row in rows])  # (b, n)
+
+
+# ---- the sampler ------------------------------------------------------------------------------------------
+
+def times(steps: int, schedule: str = "uniform", shift: float = 1.0):
+    """The times at which the Euler steps begin and end, (steps + 1,) float32, rising from 0 (noise) to 1 (clip).
+
+    An Euler step is exact where the path is straight. The paths bend near the noise, where the model still
+    has to decide what goes where; towards the data little but detail is left. So the better schedules
+    take small steps first and large ones later:
+
+    "uniform"           i / steps.
+    "linear-quadratic"  Movie Gen (arXiv 2410.13720): the first half of the steps are the first steps of a
+                        uniform schedule of 1000, the second half grows quadratically to 1. In one formula, with
+                        k steps in the second half: i/1000 + (1 - steps/1000) * (max(0, i - (steps - k)) / k)**2,
+                        which is the only parabola that leaves the line without a kink and ends at 1.
+    "shifted"           u / (u + shift*(1 - u)) for uniform u, shift >= 1. Near the noise it divides u by shift.
+                        A model trained on times drawn more often near the noise is asked there more often too.
+
+    Raises ValueError for another schedule, for steps outside 1 to 1000, and for shift below 1.
+    """
+    import torch
+    check({"steps": steps, "shift": shift})
+    i = torch.arange(steps + 1, dtype=torch.float64)
+    u = i / steps
+    if schedule == "linear-quadratic":
+        k = steps - steps // 2
+        u = i / 1000 + (1 - steps / 1000) * ((i - (steps - k)).clamp(min=0) / k) ** 2
+    elif schedule == "shifted":
+        u = u / (u + shift * (1 - u))
+    elif schedule != "uniform":
+        raise ValueError(f"schedule is {schedule!a:.60}; choose one of {', '.join(SCHEDULES)}")
+    return u.float()                                                                  # (steps + 1,)
+
+
+def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", shift=1.0, seed=0,
+           progress=False, callback=None):
+    """Clips for captions: (b, channels, frames, height, width) float32 in [-1, 1], on the model's device.
+
+    text: (b, n) int64 from `encode`; shape: (frames, height, width); callback(step, x1), if given, sees before
+    each step 0, 1, ... the clean clip that the model predicts at that time, shaped as the result.
+    Clip i draws its noise from seed + i, on the CPU: a clip does not depend on its neighbours in the batch, and
+    every device starts from the same noise.
+    Raises ValueError for wrong arguments, FloatingPointError if the result holds NaN or infinity.
+    """
+    import torch
+    check({"seed": seed, "guidance": guidance, "steps": steps, "shift": shift})
+    check_shape(model.config, *shape)
+    if not torch.is_tensor(text) or text.ndim != 2 or text.dtype != torch.int64 or not text.shape[0]:
+        raise ValueError(f"text is {getattr(text, 'dtype', type(text))} {list(getattr(text, 'shape', []))}; "
+                         "it must be (b, n) int64, as encode returns it")
+    device = next(model.parameters()).device
+    ts, b = times(steps, schedule, shift).tolist(), len(text)
+    x = torch.stack([torch.randn(model.config.channels, *shape, generator=torch.Generator().manual_seed(seed + i))
+                     for i in range(b)]).to(device)                                  # (b, c, t, h, w)
+    text = text.to(device)                                                           # (b, n)
+    if guidance != 1:  # an all-zero row is the empty caption
+        text = torch.cat([text, torch.zeros_like(text)])                             # (2b, n)
+
+    with torch.inference_mode():
+        for step in tqdm(range(steps), disable=not progress, file=sys.stderr, unit="step", leave=False):
+            t, dt = ts[step], ts[step + 1] - ts[step]
+            if guidance == 1:
+                out = model(x, torch.full((b,), t, device=device), text)
+            else:
+                # Classifier-free guidance: what the caption adds to the prediction, exaggerated. Both predictions
+                # come from one doubled batch. Velocity and clean clip are affine in each other at fixed
+                # (x_t, t), so guiding the one guides the other; whichever the model predicts will do.
+                out = model(torch.cat([x, x]), torch.full((2 * b,), t, device=device), text)  # (2b, c, t, h, w)
+                with_caption, without = out.chunk(2)
+                out = without + guidance * (with_caption - without)                  # (b, c, t, h, w)
+            if model.config.predicts == "clean":
+                x1, velocity = out, (out - x) / (1 - t)  # the last step starts before t = 1, and ends on x1
+            else:
+                x1, velocity = x + (1 - t) * out, out
+            if callback is not None:
+                callback(step, x1)
+            x = x + dt * velocity
+    if not torch.isfinite(x).all():  # before the clamp, which would hide infinities
+        raise FloatingPointError("the sampled clip holds NaN or infinity; the weights may be those of a training "
+                                 "run that diverged: take an earlier checkpoint, or a lower --guidance")
+    return x.clamp(-1, 1)
+
+
+def check(settings: dict) -> None:
+    """ValueError for the first of `settings` outside its LIMITS; those that have none are left alone."""
+    for name, value in settings.items():
+        if name in LIMITS:
+            kind, low, high = LIMITS[name]
+            right = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+            if not right or not low <= value <= high:  # NaN fails every comparison, so it ends here too
+                whole = "a whole number" if kind is int else "a number"
+                raise ValueError(f"{name} is {value!a:.60}; it must be {whole} from {low} to {high}")
+
+
+def check_shape(config, frames: int, height: int, width: int) -> None:
+    """ValueError where the patches do not tile (frames, height, width). One frame is a still image, always allowed."""
+    check({"frames": frames, "height": height, "width": width})
+    for name, size, patch in zip(("frames", "height", "width"), (frames, height, width), config.patch):
+        if size % patch and not (name == "frames" and size == 1):
+            raise ValueError(f"{name} is {size}, which patches of {patch} do not fill; take {size + patch - size % patch}"
+                             + (", or 1 for a still image" if name == "frames" else ""))
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------
+
+def load_checkpoint(path) -> dict:
+    """A checkpoint's dict: format, config, vocabulary, weights, sampling (and more, from training), and sha256.
+
+    Nothing in the file is executed (weights_only). Raises OSError where it cannot be opened, and ValueError where it is
+    damaged, holds code, or comes from elsewhere.
+    """
+    import torch
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"the checkpoint {show(path)} is a folder; name the file inside it")
+    try:
+        file = open(path, "rb")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise OSError(f"cannot open the checkpoint {show(path)} ({getattr(error, 'strerror', error)}); "
+                      "train one with train_tiny.py, or name another with --checkpoint") from None
+    with file:
+        digest = hashlib.sha256()
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+        try:
+            # torch.load does not look at the checksums of the archive that it reads: a flipped bit in a weight would
+            # go unnoticed. zipfile does.
+            file.seek(0)
+            if zipfile.ZipFile(file).testzip():
+                raise zipfile.BadZipFile
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged archive can fail in any way at all, but only that archive is to blame
+            what = ("holds Python objects or code, which is never run" if "eights only load failed" in str(error) else
+                    "is no whole checkpoint: truncated, damaged or another kind of file")
+            raise ValueError(f"{show(path)} {what}; copy or download it again, or take another") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise ValueError(f"{show(path)} is not in the format {FORMAT!r}: it is of another program or version; take one "
+                         "that this train_tiny.py wrote")
+    for key, kind in KEYS.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise ValueError(f"{show(path)} lacks {key!r}; take one that this train_tiny.py wrote")
+    return {**checkpoint, "sha256": digest.hexdigest()}
+
+
+def load_model(path, device="cpu", backend=None):
+    """(model in float32 and eval mode on `device`, checkpoint); `backend` overrules that of the checkpoint's config.
+
+    Raises what `load_checkpoint` raises, and ValueError where the weights do not fit the config.
+    """
+    import torch
+    import lingen
+    checkpoint = load_checkpoint(path)
+    try:
+        config = lingen.LinGenConfig(**checkpoint["config"])
+        # First without memory, so that a config that does not belong to these weights costs none.
+        with torch.device("meta"):
+            wanted = {name: tuple(value.shape) for name, value in lingen.LinGen(config).state_dict().items()}
+        got = {name: tuple(value.shape) for name, value in checkpoint["weights"].items()}
+        wrong = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+        if wrong:
+            raise ValueError(f"{len(wrong)} weights do not fit it, first {wrong[0]!a:.60}: "
+                             f"shape {got.get(wrong[0])}, expected {wanted.get(wrong[0])}")
+        if len(checkpoint["vocabulary"]) != config.vocab_size or not all(isinstance(w, str) for w in checkpoint["vocabulary"]):
+            raise ValueError(f"the vocabulary is not a list of {config.vocab_size} words")
+        check(checkpoint["sampling"])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{show(path)} does not fit its own config: {error}; take one that this train_tiny.py "
+                         "wrote") from None
+    if backend is not None:
+        config = dataclasses.replace(config, backend=backend)  # a wrong backend speaks for itself
+    model = lingen.LinGen(config)
+    model.load_state_dict(checkpoint["weights"])  # float16 in the file becomes the float32 of the model
+    return model.eval().to(device), checkpoint
+
+
+# ---- writing ----------------------------------------------------------------------------------------------
+
+def to_frames(clip) -> np.ndarray:
+    """One clip (3, t, h, w) in [-1, 1] as pictures, (t, h, w, 3) uint8. Raises ValueError for other shapes."""
+    if clip.ndim != 4 or clip.shape[0] != 3:
+        raise ValueError(f"the clip is {list(clip.shape)}; pictures are made of (3, frames, height, width)")
+    return ((clip.float().cpu() + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 3, 0).numpy().astype(np.uint8)
+
+
+def evenly(n: int, most: int) -> np.ndarray:
+    """At most `most` of the numbers 0 ... n - 1, evenly spread, the first and the last among them."""
+    return np.linspace(0, n - 1, min(n, most)).round().astype(int)
+
+
+def sheet(frames: np.ndarray, most: int = 64, columns: int = 8, gap: int = 2) -> Image.Image:
+    """Frames (t, h, w, 3) uint8 side by side on white, row after row; of more than `most`, evenly chosen ones."""
+    frames = frames[evenly(len(frames), most)]
+    n, h, w, _ = frames.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    page = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, np.uint8)
+    for i, frame in enumerate(frames):
+        y, x = i // columns * (h + gap), i % columns * (w + gap)
+        page[y:y + h, x:x + w] = frame
+    return Image.fromarray(page)
+
+
+def write_clip(path, frames: np.ndarray, *, fps: float = 16, scale: int | None = None, settings: dict | None = None):
+    """Write (t, h, w, 3) uint8 as .gif, .webp (lossless), .png (contact sheet) or .npy, as the ending of `path` says.
+
+    Small pictures are enlarged `scale` times (default: to about 256 pixels, 128 on a sheet), each pixel a square;
+    .npy keeps the very values. `settings` go into the file as JSON, for `read_settings`; .npy has no place for them.
+    The file appears whole or not at all. Raises ValueError for other frames or endings, OSError from the disk.
+    """
+    ending = Path(path).suffix.lower()
+    if ending not in ENDINGS:
+        raise ValueError(f"the ending of {show(path)} is {ending!a}; choose one of {' '.join(ENDINGS)}")
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 (t, h, w, 3)")
+    check({"fps": fps, "scale": 1 if scale is None else scale})
+    out, note = io.BytesIO(), json.dumps(settings or {}, ensure_ascii=True)
+    scale = scale or max(1, round((128 if ending == ".png" else 256) / max(frames.shape[1:3])))
+    # A frame ends at a whole tick of the format's clock. Rounding the end of each frame, not its length,
+    # keeps the errors from adding up: 16 frames at 16 fps last one second though 6.25 ticks do not exist.
+    tick = 10 if ending == ".gif" else 1                                              # milliseconds
+    ends = [round(i * 1000 / fps / tick) * tick for i in range(len(frames) + 1)]
+    size = (frames.shape[2] * scale, frames.shape[1] * scale)
+    options = {"save_all": True, "duration": [b - a for a, b in zip(ends, ends[1:])], "loop": 0}
+    if ending == ".npy":
+        np.save(out, frames)
+    elif ending == ".png":
+        info = PngImagePlugin.PngInfo()
+        info.add_text("lingen", note)
+        sheet(frames.repeat(scale, 1).repeat(scale, 2)).save(out, "PNG", pnginfo=info)
+    elif ending == ".gif":
+        # One palette for the whole clip: a palette per frame would flicker. The method that covers the range of
+        # colours comes first, since a small shape has few pixels but matters most.
+        pixels = frames.reshape(-1, 1, 3)
+        pixels = pixels[::len(pixels) >> 16 | 1]  # a sample of all frames is enough, and an odd step meets all columns
+        palette = Image.fromarray(pixels).quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1)
+        first, *rest = (Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
+                        .resize(size, Image.Resampling.NEAREST) for frame in frames)
+        first.save(out, "GIF", append_images=rest, comment=note.encode("ascii"), optimize=False, **options)
+    else:
+        exif = Image.Exif()
+        exif[0x010E] = note                                                           # ImageDescription
+        first, *rest = (Image.fromarray(frame).resize(size, Image.Resampling.NEAREST) for frame in frames)
+        first.save(out, "WEBP", append_images=rest, exif=exif, lossless=True, **options)
+    replace_file(path, out.getvalue())
+
+
+def replace_file(path, data: bytes) -> None:
+    """Put `data` at `path` in one move: a reader, a crash or Ctrl-C finds the old file or the new one, never half."""
+    path = Path(path)
+    part = path.with_name(f".{os.getpid()}-{time.monotonic_ns()}.part")  # same folder: only there is a move one step
+    try:
+        with open(part, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:  # Ctrl-C too
+        part.unlink(missing_ok=True)
+        raise
+
+
+def read_settings(path) -> dict:
+    """What `write_clip` noted in a .gif, .webp or .png: caption, seed, checkpoint, settings. ValueError if nothing."""
+    try:
+        with Image.open(path) as image:
+            note = image.info.get("lingen") or image.info.get("comment") or image.getexif().get(0x010E)
+            return dict(json.loads(note))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {show(path)}") from None
+    except Exception:  # not a picture, a broken one, or somebody else's comment: the answer is the same
+        raise ValueError(f"{show(path)} holds no settings of sample.py; .gif, .webp and .png written by it do") from None
+
+
+def draw_emerging(snapshots: list, scale: int = 2) -> Image.Image:
+    """A clip emerging from noise: one row for each (label, frames (t, h, w, 3) uint8), on white."""
+    font = ImageFont.load_default(size=14)
+    rows = [sheet(f.repeat(scale, 1).repeat(scale, 2), columns=len(f), gap=4) for _, f in snapshots]
+    labels = 8 + max(math.ceil(font.getlength(label)) for label, _ in snapshots)
+    high = max(rows[0].height, 20) + 4
+    page = Image.new("RGB", (labels + rows[0].width + 8, high * len(rows) + 12), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (label, _) in enumerate(snapshots):
+        draw.text((6, 8 + i * high + high // 2), label, fill="#222222", font=font, anchor="lm")
+        page.paste(rows[i], (labels + 4, 8 + i * high))
+    return page
+
+
+# ---- command line -----------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, from `main`, as for all other wrong calls
+        raise ValueError(message)
+
+
+def parse(argv):
+    """Everything about a call that can be judged without torch. Raises ValueError or OSError."""
+    parser = Parser(prog="sample.py", allow_abbrev=False, description="Make clips from captions.",
+                    epilog="What is not given comes from the checkpoint.")
+    add = parser.add_argument
+    add("captions", nargs="*", metavar="CAPTION", help='as in "a red circle moving right"; several need --out FOLDER')
+    add("--captions", dest="file", help="a text file (UTF-8) with one caption a line")
+    add("--out", help="clip.gif, .webp, .png (contact sheet) or .npy (uint8, frames x height x width x 3); or a folder")
+    for name in ("frames", "height", "width", "fps", "steps", "guidance", "seed", "scale"):
+        kind, low, high = LIMITS[name]
+        add(f"--{name}", type=kind, help=f"{low} to {high}")
+    add("--schedule", choices=SCHEDULES)
+    add("--checkpoint", default=Path(__file__).parent / "assets" / "tiny.pt")
+    add("--device", help="default: cuda, else mps, else cpu")
+    add("--backend", choices=("auto", "torch", "mamba_ssm"))
+    add("--emerge", metavar="FILE.png", help="also draw how the clip emerges from noise")
+    add("--read", metavar="CLIP", help="print the settings inside a clip, and stop")
+    args = parser.parse_args(argv)
+    if args.read:
+        return args
+    check({name: value for name, value in vars(args).items() if value is not None})
+    if args.file is not None:
+        try:
+            lines = Path(args.file).read_text(encoding="utf-8-sig").splitlines()
+        except OSError as error:
+            raise OSError(f"cannot read {show(args.file)}: {error.strerror}") from None
+        except ValueError:
+            raise ValueError(f"{show(args.file)} is not text in UTF-8; write one caption a line") from None
+        args.captions += [line for line in lines if line.strip()]
+    if not args.captions:
+        raise ValueError('no caption; write one, as in: python sample.py "a red circle moving right"')
+    found = [words(caption) for caption in args.captions]
+
+    several = len(args.captions) > 1
+    out = args.out or ("." if several else "clip.gif")
+    folder = several or out.endswith(("/", os.sep)) or os.path.isdir(out)
+    args.paths = [Path(out)]
+    if folder:
+        args.paths = [Path(out, f"{i:03d}-{'-'.join(row)[:60]}.gif") for i, row in enumerate(found)]
+    if args.emerge and several:
+        raise ValueError("--emerge draws one clip; give one caption")
+    if args.emerge and Path(args.emerge).suffix.lower() != ".png":
+        raise ValueError(f"--emerge writes .png, not {show(args.emerge)}")
+    for path in args.paths[:1] + ([Path(args.emerge)] if args.emerge else []):
+        if path.suffix.lower() not in ENDINGS:
+            raise ValueError(f"the ending of {show(path)} is {path.suffix!a}; choose one of {' '.join(ENDINGS)}")
+        if "\0" in str(path) or not path.parent.is_dir():
+            raise ValueError(f"{show(path.parent)} is not an existing folder; make it first")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{show(path)} cannot be written: it is a folder, or its folder is read-only")
+    return args
+
+
+def choose_device(name=None):
+    """The device of that name; without one: cuda, else mps, else cpu. Raises ValueError for one that is not there."""
+    import torch
+    name = name if name is not None else ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        if torch.device(name).type not in ("cpu", "cuda", "mps"):
+            raise ValueError
+        torch.zeros(1, device=name)
+    except Exception:  # each kind of device has its own way of not being there
+        raise ValueError(f"the device {name!a:.60} is not to be had here; leave out --device, or try cpu") from None
+    return torch.device(name)
+
+
+def prepare(args):
+    """(model, checkpoint, settings, texts): all that can be wrong with a call is found here, before any sampling."""
+    import torch
+    device = choose_device(args.device)
+    model, checkpoint = load_model(args.checkpoint, device, args.backend)
+    settings = {"frames": 16, "height": 64, "width": 64, "fps": 16, "steps": 50, "guidance": 1.0, "seed": 0,
+                "schedule": "uniform", "shift": 1.0}
+    for source in (checkpoint["sampling"], vars(args)):  # the later overrules the earlier
+        settings |= {name: source[name] for name in settings if source.get(name) is not None}
+    check_shape(model.config, settings["frames"], settings["height"], settings["width"])
+    times(settings["steps"], settings["schedule"], settings["shift"])
+    if model.config.channels != 3:
+        raise ValueError(f"the model makes {model.config.channels} channels; pictures are made of 3")
+    if max(settings["height"], settings["width"]) * (args.scale or 1) > 8192:
+        raise ValueError("the enlarged picture would be over 8192 pixels high or wide; take a smaller --scale")
+    texts = [encode([c], checkpoint["vocabulary"], model.config.text_length) for c in args.captions]
+    # A computer that runs out of memory may end the process without a word, so what cannot fit is refused here: a
+    # forward pass holds at least 16 float32 numbers per token and feature at once (measured: 30).
+    tokens = math.prod(-(-settings[n] // p) for n, p in zip(("frames", "height", "width"), model.config.patch))
+    need = tokens * model.config.d_model * 4 * 16 * (1 if settings["guidance"] == 1 else 2)
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if need > have and torch.device(device).type == "cpu":
+        raise ValueError(f"this clip needs at least {need / 2**30:.0f} GiB of memory, the computer has {have / 2**30:.0f}; "
+                         f"choose --frames, --height and --width whose product is {math.ceil(need / have)} times smaller")
+    with torch.inference_mode():  # the smallest still image: a backend that is not there says so here
+        model(torch.zeros(1, 3, 1, *model.config.patch[1:], device=device), torch.zeros(1, device=device), texts[0].to(device))
+    return model, checkpoint, settings, texts
+
+
+def run(args, model, checkpoint, settings, texts):
+    """Sample and write one clip after the other: each is what it would be alone, and memory stays that of one."""
+    import torch
+    began = time.monotonic()
+    shape = tuple(settings[name] for name in ("frames", "height", "width"))
+    euler = {name: settings[name] for name in ("steps", "guidance", "schedule", "shift")}
+    ts, snapshots = times(settings["steps"], settings["schedule"], settings["shift"]).tolist(), []
+    shown, columns = evenly(settings["steps"], 7), evenly(shape[0], 8)
+
+    def keep(step, x1):
+        if step in shown:
+            snapshots.append((f"step {step + 1}, t = {ts[step]:.2f}", to_frames(x1[0].clamp(-1, 1))[columns]))
+
+    for i, (caption, text, path) in enumerate(zip(args.captions, texts, args.paths)):
+        seed = (settings["seed"] + i) % 2**32
+        clip = sample(model, text, shape, seed=seed, progress=True, callback=keep if args.emerge else None, **euler)
+        note = {**settings, "caption": caption, "seed": seed, "checkpoint": checkpoint["sha256"],
+                "format": FORMAT, "torch": torch.__version__, "device": str(clip.device), "backend": model.config.backend}
+        write_clip(path, to_frames(clip[0]), fps=settings["fps"], scale=args.scale, settings=note)
+        print(f"wrote {show(path)}: {caption!a}, seed {seed}")
+    if args.emerge:
+        out = io.BytesIO()
+        draw_emerging(snapshots, max(1, 96 // max(shape[1:]))).save(out, "PNG")
+        replace_file(args.emerge, out.getvalue())
+        print(f"wrote {show(args.emerge)}")
+    peak = "not measured on this system"
+    if clip.is_cuda:
+        peak = f"{torch.cuda.max_memory_allocated(clip.device) / 2**20:.0f} MiB on the GPU"
+    elif resource:
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, others KiB
+        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MiB"
+    print(f"{time.monotonic() - began:.1f} s, peak memory {peak}")
+
+
+def show(path) -> str:
+    """A path or caption that any terminal can print."""
+    return ascii(str(path))
+
+
+def main(argv=None) -> int:
+    """The command; returns its exit code: 0, 1 failed on the way, 2 wrong call, 130 interrupted."""
+    wrong = 2
+    try:
+        args = parse(argv)
+        if args.read:
+            print(json.dumps(read_settings(args.read), indent=1))
+            return 0
+        prepared = prepare(args)
+        wrong = 1
+        run(args, *prepared)
+        return 0
+    except KeyboardInterrupt:
+        print("sample.py: interrupted; nothing half-written is left", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return complain("sample.py", error, wrong)
+
+
+def complain(program: str, error: Exception, code: int) -> int:
+    """Say in one line what went wrong and return the exit code: classrooms get a sentence, not a traceback."""
+    message = str(error)
+    if isinstance(error, MemoryError) or re.search("out of memory|not enough memory|DefaultCPUAllocator", message):
+        message = "out of memory; ask for fewer --frames or a smaller --height and --width (half of each to begin)"
+    elif isinstance(error, OSError) and error.strerror:
+        message = f"{error.strerror}{f': {show(error.filename)}' if error.filename else ''}; make room there, or take another --out"
+    elif not isinstance(error, (ValueError, OSError, FloatingPointError, RuntimeError)):
+        message = f"{type(error).__name__}: {message}"
+    message = " ".join(message.split())
+    print(f"{program}: error: {message[:3000]}".encode("ascii", "backslashreplace").decode(), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

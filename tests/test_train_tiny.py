@@ -1,0 +1,361 @@
+"""The toy world and its judge: real clips score 100 %, and each way of going wrong is seen and named."""
+
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sample
+import train_tiny as toy
+from benchmarks import judge as ruler
+
+ALL = torch.cartesian_prod(*[torch.arange(n) for n in (6, 4, 8, 2, 2)])                    # (768, 5)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def clip_of(spec, frames=16, start=(15.3, 14.8)):
+    return toy.render(torch.tensor(spec).view(1, -1, 5), torch.tensor(start).view(1, -1, 2), frames)[0]
+
+
+def failed(record):
+    names = [f"{a}_ok" for a in toy.ATTRIBUTES] + ["one_object", "steady", "finite", "overlap_ok"]
+    return {n.removesuffix("_ok") for n in names if record[n] is False}
+
+
+SPECS = [(c, s, d, v, z) for c, s, d, v, z in zip((0, 1, 2, 3, 4, 5, 0, 3), (0, 1, 2, 3) * 2, range(8),
+                                                  (0, 1, 1, 0) * 2, (0, 0, 0, 0, 1, 1, 1, 1), strict=True)]
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+def test_drawing_agrees_with_a_picture_16_times_as_fine():
+    fine = (torch.arange(32 * 16) + 0.5) / 16 - 0.5
+    for z, half in enumerate((5.0, 8.0)):
+        cx, cy = 13.37, 30.81                                                  # hangs over the lower border
+        got = toy.draw_shapes(torch.tensor([half]), torch.tensor([[cx, cy]]), 32)[0]
+        x, y = ((fine - cx + 16) % 32 - 16)[None, :], ((fine - cy + 16) % 32 - 16)[:, None]
+        inside = [x * x + y * y < half**2, (x.abs() < 0.95 * half) & (y.abs() < 0.95 * half),
+                  (y < 0.7 * half) & (0.75**0.5 * x.abs() - y / 2 < 0.7 * half),
+                  ((x.abs() < 1.2 * half) & (y.abs() < 0.4 * half)) | ((y.abs() < 1.2 * half) & (x.abs() < 0.4 * half))]
+        want = F.avg_pool2d(torch.stack(inside)[:, None].float(), 16)[:, 0]
+        assert (got - want).abs().amax() < 0.4                                 # a pixel on a sharp corner
+        assert ((got - want).abs().sum((1, 2)) < 0.03 * want.sum((1, 2))).all()
+        assert 0.6 < got.sum((1, 2)).min() / got.sum((1, 2)).max()             # comparable areas
+
+
+def test_clips_lie_in_range_and_live_on_a_torus():
+    clips, captions, specs = toy.make_batch(64, 33, seeded())
+    assert clips.shape == (64, 3, 33, 32, 32) and clips.dtype == torch.float32 and specs.shape == (64, 1, 5)
+    assert len(captions) == 64 and clips.amin() == -1 and clips.amax() <= 1 and clips.amax() > 0.99
+    assert torch.equal(clips[:, :, 0], clips[:, :, 32])                        # once, or twice, around
+    moved = toy.render(specs, torch.tensor([[[3.25, 30.5]]]).expand(64, 1, 2), 2)
+    there = toy.render(specs, torch.tensor([[[19.25, 14.5]]]).expand(64, 1, 2), 2)
+    assert torch.allclose(moved.roll((16, -16), (4, 3)), there, atol=1e-5)
+
+
+def test_the_frame_after_is_the_frame_drawn_one_step_further():
+    for spec in ALL[::7]:
+        dx, dy = list(toy.DIRECTIONS.values())[spec[2]]
+        v = 1 + int(spec[3])
+        a, b = clip_of(spec.tolist(), 4, (9.6, 21.1)), clip_of(spec.tolist(), 1, (9.6 + 3 * v * dx, 21.1 + 3 * v * dy))
+        assert torch.allclose(a[:, 3], b[:, 0], atol=1e-5)
+
+
+def test_the_first_object_lies_on_top():
+    clip = clip_of([(0, 1, 0, 0, 0), (2, 0, 1, 0, 0)], 1, ((10.0, 10.0), (12.0, 10.0)))
+    assert clip[:, 0, 10, 12].tolist() == [1, -1, -1] and clip[:, 0, 10, 16].tolist() == [-1, -1, 1]
+
+
+@pytest.mark.parametrize("objects", [1, 2])
+def test_all_chance_comes_from_the_generator(objects):
+    a, b, c = (toy.make_batch(8, 4, seeded(s), objects=objects) for s in (3, 3, 4))
+    assert torch.equal(a[0], b[0]) and a[1] == b[1] and torch.equal(a[2], b[2])
+    assert not torch.equal(a[0], c[0]) and a[1] != c[1]
+
+
+def test_a_tenth_is_held_out_and_every_pair_is_met():
+    out = toy.held_out(ALL)
+    triples, seen = torch.unique(ALL[out][:, :3], dim=0), ALL[~out]
+    assert len(triples) == 19
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert len(torch.unique(seen[:, [i, j]], dim=0)) == len(torch.unique(ALL[:, [i, j]], dim=0))
+    for column in range(3):                                                    # nothing is left out of the exam
+        assert len(triples[:, column].unique()) == len(ALL[:, column].unique())
+    for objects in (1, 2):
+        for flag in (False, True):
+            specs = toy.random_specs(3000, seeded(), objects, held_out_only=flag)
+            assert (toy.held_out(specs) == flag).all()
+            assert len(torch.unique(specs[:, 0, :3], dim=0)) == (19 if flag else 173)
+            if objects == 2:
+                assert (specs[:, 0, 0] != specs[:, 1, 0]).all() and (specs[..., 4] == 0).all()
+
+
+# ---- captions ------------------------------------------------------------------------------------
+
+def test_captions_read_back_as_what_they_were_made_from():
+    g, said, unsaid = seeded(), set(), set()
+    for spec in torch.cat([ALL, ALL, ALL]):
+        for still in (False, True):
+            text = toy.caption(spec[None], g, still)
+            (thing,) = ruler.parse(text)
+            said |= set(sample.words(text))
+            for column, (attribute, table) in enumerate(toy.ATTRIBUTES.items()):
+                motion = attribute in ("direction", "speed")
+                if thing[attribute] is None:
+                    assert attribute in ("size", "speed") or still and motion, text
+                    unsaid.add(attribute)
+                else:
+                    assert thing[attribute] == table[spec[column]] and not (still and motion), text
+    assert unsaid == {"size", "speed", "direction"}
+    for a, b in zip(*toy.random_specs(200, seeded(), 2).unbind(1), strict=True):
+        text = toy.caption(torch.stack([a, b]), g)
+        said |= set(sample.words(text))
+        for spec, thing in zip((a, b), ruler.parse(text), strict=True):
+            assert [thing[x] for x in ("colour", "shape", "direction")] == [
+                toy.ATTRIBUTES[x][spec[i]] for i, x in enumerate(("colour", "shape", "direction"))]
+    assert said == set(toy.VOCABULARY) and len(said) < 50
+
+
+def test_plain_captions_and_the_readme_example():
+    assert toy.caption(torch.tensor([[0, 0, 1, 0, 0]]), plain=True) == "a small red circle moving slowly left"
+    assert toy.caption(torch.tensor([[0, 0, 1, 0, 0]]), plain=True, still=True) == "a small red circle"
+    g = seeded()
+    assert any(toy.caption(torch.tensor([[0, 0, 0, 0, 0]]), g) == "a red circle moving right" for _ in range(500))
+
+
+@pytest.mark.parametrize("text, says", [
+    ("a circle moving left", "no colour"), ("a red thing", "no shape"), ("", "empty"),
+    ("a red blue circle", "red and blue"), ("a red circle square", "circle and square"),
+    ("a red circle moving left right", "left-right"), ("a small big red circle", "small and large"),
+    ("a slow red circle moving fast up", "slowly and quickly"), ("a red circle and a red square", "different colours"),
+    ("a red circle and a blue circle and a green circle", "3 objects"),
+    ("a red circle and blue square", "red and blue")])
+def test_captions_that_cannot_be_judged_say_why(text, says):
+    with pytest.raises(ValueError, match=says):
+        ruler.parse(text)
+
+
+def test_wrong_arguments_say_what_to_do():
+    specs, starts = torch.zeros(2, 1, 5, dtype=torch.long), torch.zeros(2, 1, 2)
+    for call in (lambda: toy.render(specs[:, 0], starts, 4), lambda: toy.render(specs, starts, 0),
+                 lambda: toy.render(specs, starts, 4, size=16), lambda: toy.random_specs(2, seeded(), objects=3),
+                 lambda: ruler.judge(torch.zeros(2, 3, 4, 32, 32), ["a red circle"]),
+                 lambda: ruler.judge(torch.zeros(3, 4, 32, 31), "a red circle"), lambda: ruler.summary([])):
+        with pytest.raises(ValueError):
+            call()
+
+
+# ---- the judge accepts ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("objects, frames, n", [(1, 1, 800), (1, 4, 500), (1, 16, 500), (1, 64, 60),
+                                                (2, 1, 300), (2, 4, 200), (2, 16, 250), (2, 64, 50)])
+def test_real_clips_score_100_percent(objects, frames, n):
+    clips, captions, _ = toy.make_batch(n, frames, seeded(frames), objects=objects)
+    result = ruler.summary(records := ruler.judge(clips, captions))
+    assert result["joint"] == 1, [(c, r["why"]) for c, r in zip(captions, records, strict=True) if not r["ok"]][:3]
+    assert result["flicker"] < 0.01 and result["area_drift"] < 0.01 and result["colour_drift"] < 0.01
+    assert min(r["overlap"] for r in records) > 0.93                           # far from the limit
+
+
+def test_every_single_combination_is_read_with_a_wide_margin():
+    clips = toy.render(ALL[:, None], toy.random_starts(ALL[:, None], 3, seeded()), 3)
+    assert ruler.summary(ruler.judge(clips, [toy.caption(s[None], plain=True) for s in ALL]))["joint"] == 1
+    centre = torch.rand(200, 2, generator=seeded()) * 32
+    for z, half in enumerate(toy.HALF):
+        ideal = ruler.soft(toy.draw_shapes(half.expand(200), centre, 32))
+        for shape in range(4):
+            scores = ruler.match(ideal[:, shape], ideal[:, shape], ruler.locate(ideal[:, shape]))
+            own = scores[:, 4 * z + shape].clone()
+            scores[:, 4 * z + shape] = 0
+            assert (own - scores.amax(1)).amin() > 0.1
+
+
+def test_small_noise_and_dim_captions_are_no_offence():
+    g = seeded(5)
+    clips, captions, _ = toy.make_batch(150, 16, g)
+    noisy = clips + 0.05 * torch.randn(clips.shape, generator=g)
+    assert ruler.summary(ruler.judge(noisy, captions))["joint"] == 1
+    clips, captions, _ = toy.make_batch(60, 16, g, objects=2)
+    assert ruler.summary(ruler.judge(clips + 0.05 * torch.randn(clips.shape, generator=g), captions))["joint"] == 1
+
+
+def test_a_minute_is_judged_second_by_second():
+    spec = torch.tensor([[[0, 0, 0, 0, 0]]])
+    clip = toy.render(spec, torch.tensor([[[3.0, 4.0]]]), 1088)[0]
+    assert ruler.judge(clip, "a red circle moving right")["ok"]
+    clip[:, 500] = -1
+    record = ruler.judge(clip, "a red circle moving right")
+    seconds = record["good"].view(-1, 16).all(1)
+    assert not record["ok"] and not seconds[500 // 16] and seconds.sum() == 67
+
+
+# ---- the judge refuses ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("column, attribute", enumerate(toy.ATTRIBUTES))
+def test_one_wrong_attribute_is_the_one_that_fails(column, attribute):
+    g = seeded(column)
+    specs = toy.random_specs(60, g)
+    other = specs.clone()
+    count = len(toy.ATTRIBUTES[attribute])
+    other[:, 0, column] = (specs[:, 0, column] + torch.randint(1, count, (60,), generator=g)) % count
+    clips = toy.render(other, toy.random_starts(other, 16, g), 16)
+    for clip, spec, o in zip(clips, specs, other, strict=True):
+        record = ruler.judge(clip, toy.caption(spec, plain=True))
+        assert failed(record) == {attribute} and not record["ok"]
+        assert f"{attribute}: {toy.ATTRIBUTES[attribute][o[0, column]]}" in record["why"]
+        unnamed = ruler.judge(clip, toy.caption(o, plain=True, still=True))      # what is not named cannot fail
+        assert unnamed["ok"] and unnamed["direction_ok"] is None
+
+
+def squeeze(clip, factor):
+    """Scale along x about the middle: the object becomes an egg."""
+    x, y = torch.meshgrid(torch.linspace(-1, 1, 32) / factor, torch.linspace(-1, 1, 32), indexing="xy")
+    grid = torch.stack([x, y], -1).expand(clip.shape[1], -1, -1, -1)
+    return F.grid_sample(clip.transpose(0, 1), grid, align_corners=True, padding_mode="border").transpose(0, 1)
+
+
+def still_of(spec, frames=16):
+    return clip_of(spec, 1).expand(-1, frames, -1, -1).clone()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_spoiled_clips_are_refused_and_say_why(spec):
+    text, clip, g = toy.caption(torch.tensor([spec]), plain=True), clip_of(spec), seeded()
+    here, drawing = clip_of(spec, 16, (16.0, 16.0)), toy.caption(torch.tensor([spec]), plain=True, still=True)
+    standing = still_of(spec)
+    assert ruler.judge(clip, text)["ok"] and ruler.judge(standing, drawing)["ok"]
+
+    def refused(broken, what, words=text):
+        record = ruler.judge(broken, words)
+        assert not record["ok"] and what <= failed(record) and record["why"], (what, record["why"])
+        assert all(f"{name}:" in record["why"] for name in failed(record))
+        return failed(record)
+
+    refused(clip[:, torch.randperm(16, generator=g)], {"direction", "steady"})
+    refused(clip[:, :1].expand_as(clip), {"direction"})
+    assert refused(clip.flip(1), {"direction"}) == {"direction"}
+    jump = torch.cat([clip[:, :8], clip[:, 8:].roll(6, 3)], 1)
+    refused(jump, {"direction", "steady"})
+    cut = standing.clone()
+    cut[:, :, 13:15] = -1
+    refused(cut, {"one_object", "overlap"}, drawing)
+    late = clip.clone()                                                        # a single frame is enough
+    late[:, 9] = late[:, 9].maximum(clip_of((spec[0], 0, *spec[2:4], 0), 16, (31.3, 30.8))[:, 9])
+    refused(late, {"one_object"})
+    speck = standing.clone()
+    speck[:, 5, 1, 1:3] = 0.0
+    assert refused(speck, {"one_object"}, drawing) == {"one_object"}
+    fading = (clip + 1) * torch.linspace(1, 0, 16)[:, None, None] - 1
+    refused(fading, {"overlap", "steady", "one_object"})
+    refused((clip + 1) * 0.7 - 1, {"overlap"})
+    blurred = F.avg_pool2d(F.pad(clip, (2, 2, 2, 2), mode="circular"), 5, 1)
+    refused(blurred, {"overlap"})
+    refused(squeeze(standing, 1.3), {"overlap"}, drawing)
+    refused((clip + 0.5 * torch.randn(clip.shape, generator=g)).clamp(-1, 1), {"one_object", "overlap"})
+    refused(torch.randn(clip.shape, generator=g), {"overlap", "steady", "direction"})     # noise hangs together
+    refused(torch.full_like(clip, -1.0), {"one_object", "colour", "shape", "overlap", "direction", "size"})
+    refused(torch.ones_like(clip), {"colour", "overlap"})
+    nan = clip.clone()
+    nan[0, 3, 0, 0] = float("nan")
+    assert refused(nan, {"finite"}) == {"finite"}
+    refused(torch.full_like(clip, float("nan")), {"finite"})
+    change = clip.clone()                                                      # wrong in one frame only
+    other = (spec[0], (spec[1] + 1) % 4, *spec[2:])
+    change[:, 7] = clip_of(other)[:, 7]
+    assert {"shape", "steady"} <= refused(change, {"shape"})
+    change[:, 7] = clip_of(((spec[0] + 1) % 6, *spec[1:]))[:, 7]
+    refused(change, {"colour"})
+    half = here.clone()                                                        # one half in another colour
+    half[:, :, :, 16:] = clip_of(((spec[0] + 1) % 6, *spec[1:]), 16, (16.0, 16.0))[:, :, :, 16:]
+    refused(half, {"overlap"})
+    grown = torch.cat([still_of((*spec[:4], 0), 8), still_of((*spec[:4], 1), 8)], 1)
+    refused(grown, {"steady", "size"}, drawing.replace("small", "large"))
+
+
+def test_each_rule_of_the_judge_is_needed():
+    """Clips that only a single rule can refuse."""
+    wobbling = clip_of((0, 0, 0, 0, 0))
+    wobbling[:, 8:] = wobbling[:, 8:].roll(1, 3)                               # one pixel aside, once
+    assert failed(ruler.judge(wobbling, "a red circle")) == {"steady"}
+    half = torch.tensor([5.2] * 12 + [4.7] * 4)                                # each alone is near enough to 5
+    disc = toy.draw_shapes(half, torch.tensor([[16.0, 16.0]]).expand(16, 2), 32)[:, 0]
+    breathing = torch.stack([2 * disc - 1, -torch.ones_like(disc), -torch.ones_like(disc)])
+    assert failed(ruler.judge(breathing, "a red circle")) == {"steady"}
+    for colour in (1, 5):                                                      # stuck on: one piece, red is whole
+        patch = still_of((0, 1, 0, 0, 0))
+        patch[:, :, 11:20, 20:24] = (2 * toy.RGB[colour] - 1)[:, None, None, None]
+        assert failed(ruler.judge(patch, "a red square")) == {"overlap"}
+    turning = still_of((0, 0, 0, 0, 1))                                        # three quarters of it green, once
+    turning[:, 7, :, 11:] = clip_of((1, 0, 0, 0, 1))[:, 0, :, 11:]
+    assert "colour" in failed(ruler.judge(turning, "a red circle"))
+    lone = still_of((0, 0, 0, 0, 0))
+    lone[:, :, 0, 0] = 1.0                                                     # one pixel is not an object
+    assert ruler.judge(lone, "a red circle")["ok"]
+    bright = still_of((0, 0, 0, 0, 0))
+    bright = torch.where(bright > 0, 3.0, bright)                              # out of range, but clear
+    assert ruler.judge(bright, "a red circle")["overlap"] > 0.9
+    mixed = still_of((3, 0, 0, 0, 0))
+    mixed[1] = (mixed[1] + 1) * 0.5 - 1                                        # orange is neither red nor yellow
+    assert not ruler.judge(mixed, "a red circle")["ok"] and not ruler.judge(mixed, "a yellow circle")["ok"]
+    assert failed(ruler.judge(still_of((0, 0, 0, 0, 0)), "a red circle moving left")) == {"direction"}
+
+
+def test_two_objects_bind_to_their_own_words():
+    g = seeded(1)
+    specs = toy.random_specs(60, g, 2)
+    specs[:, 1, 1] = (specs[:, 0, 1] + 1) % 4
+    specs[:, 1, 2] = specs[:, 0, 2] ^ 1                                        # opposite ways
+    starts = toy.random_starts(specs, 16, g)
+    clips, texts = toy.render(specs, starts, 16), [toy.caption(s, plain=True) for s in specs]
+    assert ruler.summary(ruler.judge(clips, texts))["joint"] == 1
+    for column, attribute in ((0, "shape"), (1, "shape"), (2, "direction")):   # swap one attribute between the two
+        swapped = specs.clone()
+        swapped[:, :, column] = specs.flip(1)[:, :, column]
+        for record in ruler.judge(toy.render(swapped, starts, 16), texts):
+            assert not record["ok"] and record[f"{attribute}_ok"] is False, record["why"]
+            assert record["colour_ok"]
+    recoloured = specs.clone()
+    recoloured[:, 1, 0] = torch.tensor([next(c for c in range(6) if c not in s) for s in specs[:, :, 0].tolist()])
+    assert all(failed(r) == {"colour"} for r in ruler.judge(toy.render(recoloured, starts, 16), texts))
+
+
+def test_two_objects_and_what_does_not_belong():
+    text = "a red circle moving left and a blue square moving right"
+    specs, starts = [(0, 0, 1, 0, 0), (2, 1, 0, 0, 0)], ((8.0, 7.0), (20.0, 7.0))          # they meet
+    clip = clip_of(specs, 32, starts)
+    assert ruler.judge(clip, text)["ok"]
+    assert ruler.judge(clip, "a blue square moving right and a red circle moving left")["ok"]
+    assert not ruler.judge(clip, "a blue circle moving left and a red square moving right")["ok"]
+    assert not ruler.judge(clip, "a red circle moving left")["ok"]
+    assert not ruler.judge(clip_of(specs[0], 32), text)["ok"]
+    third = clip.maximum(clip_of((1, 0, 1, 0, 0), 32, (8.0, 23.0)))
+    assert "one_object" in failed(ruler.judge(third, text))
+    gone = clip.clone()                                                        # the square never comes back
+    gone[2, 17:] = -1
+    assert "one_object" in failed(ruler.judge(gone, text))
+    gone = clip.clone()                                                        # or is lost behind the circle
+    gone[2, 22:] = -1
+    assert failed(ruler.judge(gone, text)) == {"overlap"}
+    gone = clip.clone()                                                        # or blinks while alone
+    gone[2, 0] = -1
+    assert not ruler.judge(gone, text)["ok"]
+    ghost = clip.clone()                                                       # a third one, only while they meet
+    ghost[:, 10] = third[:, 10]
+    assert "overlap" in failed(ruler.judge(ghost, text))
+    ghost = clip.clone()                                                       # or two specks
+    ghost[:, 10, 20, 3:5] = ghost[:, 10, 25, 3:5] = 0.0
+    assert failed(ruler.judge(ghost, text)) == {"one_object"}
+    stuck = clip_of(specs, 1, ((14.0, 16.0), (19.0, 16.0))).expand(-1, 16, -1, -1)         # never apart
+    assert not ruler.judge(stuck, text)["ok"]
+
+
+def test_summary_counts_only_what_was_named():
+    clips, _, _ = toy.make_batch(2, 4, seeded())
+    records = ruler.judge(clips.clamp(max=-1), ["a red circle", "a small red circle"])
+    result = ruler.summary(records)
+    assert result["joint"] == 0 and result["size_ok"] == 0 and result["direction_ok"] is None and result["n"] == 2
+    assert ruler.wilson(0, 10)[0] == pytest.approx(0) and ruler.wilson(10, 10)[1] == pytest.approx(1)
+    assert ruler.wilson(95, 100) == pytest.approx((0.888, 0.978), abs=1e-3)

@@ -1,0 +1,501 @@
+"""Train the tiny LinGen from nothing: a toy world, LinGen's progressive recipe, and the loop.
+
+    python train_tiny.py                            trains, saves runs/tiny.pt, draws a preview
+    python train_tiny.py --evaluate runs/tiny.pt    holds what it learnt against the captions
+
+1. The data.    One or two flat shapes on a black *torus*: who leaves on the right comes back on the left. So
+                "moving left" stays true for a whole minute, and second 60 looks just like second 1.
+2. The recipe.  Flow matching; pictures first, then short clips, then longer ones; two optimisers.
+3. The loop.    A step, a checkpoint that no kill can tear, and the way back from it.
+
+How a clip is held against its caption, by reading its pixels, stands in benchmarks/judge.py.
+
+Letters: b clips, k objects in a clip, t frames (as a number from 0 to 1, the time of the flow), h = w = size
+pixels. Places and steps are (x, y) in pixels, y pointing down; pixel i covers [i - 1/2, i + 1/2]. Specs are int64
+(b, k, 5): per object the indices of colour, shape, direction, speed and size in the tables below.
+"""
+
+import dataclasses
+import datetime
+import io
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import distributed, nn
+from tqdm import tqdm
+
+import lingen
+import sample
+
+# ---- 1. The data ---------------------------------------------------------------------------------
+
+COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1),
+           "yellow": (1, 1, 0), "magenta": (1, 0, 1), "cyan": (0, 1, 1)}
+SHAPES = ("circle", "square", "triangle", "cross")
+DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1), "up-right": (1, -1),
+              "up-left": (-1, -1), "down-right": (1, 1), "down-left": (-1, 1)}
+SPEEDS = {"slowly": 1, "quickly": 2}     # whole pixels per frame on each moving axis: frames are rolls
+SIZES = {"small": 5.0, "large": 8.0}     # pixels, about half of what the shape spans
+ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "direction": tuple(DIRECTIONS),
+              "speed": tuple(SPEEDS), "size": tuple(SIZES)}      # in the order of a spec's five columns
+SYNONYMS = {"small": ("small", "little", "tiny"), "large": ("large", "big"),
+            "slowly": ("slowly", "slow"), "quickly": ("quickly", "fast")}
+VERBS = ("moving", "going", "drifting", "sliding")
+VOCABULARY = tuple(sorted({"a", "and", "to", "the", "right", "left", "up", "down", *COLOURS, *SHAPES,
+                           *VERBS, *(word for group in SYNONYMS.values() for word in group)}))
+
+RGB = torch.tensor(list(COLOURS.values()), dtype=torch.float32)                            # (6, 3)
+HALF = torch.tensor(list(SIZES.values()))                                                  # (2,)
+STEPS = torch.tensor([[(dx * v, dy * v) for v in SPEEDS.values()]
+                      for dx, dy in DIRECTIONS.values()])                                  # (8, 2, 2)
+
+
+def held_out(specs):
+    """Which combinations of colour, shape and direction are kept from training.
+
+    specs: int64 (..., 5). Returns bool (...). True for 19 of the 192 combinations, a tenth, spread so
+    that every *pair* (red circle, circle going left, red going left) is met in training: what is new
+    in a held-out caption is only that the three come together.
+    """
+    colour, shape, direction = specs[..., 0], specs[..., 1], specs[..., 2]
+    return (colour + 2 * shape + 3 * direction) % 10 == 4
+
+
+def random_specs(n, generator, objects=1, held_out_only=False):
+    """Draw n specs: int64 (n, objects, 5). Two objects differ in colour and are both small.
+
+    held_out_only: every object from the held-out combinations; else every object from the others.
+    """
+    if objects not in (1, 2):
+        raise ValueError(f"objects is {objects!r}; a clip holds 1 or 2 objects: ask for one of these")
+    triples = torch.cartesian_prod(torch.arange(6), torch.arange(4), torch.arange(8))      # (192, 3)
+    triples = triples[held_out(triples) == held_out_only]                                  # (m, 3)
+    taken = torch.zeros(n, len(triples))
+    picks = []
+    for _ in range(objects):    # a lottery among the triples; colours that are taken cannot win
+        picks.append(triples[(torch.rand(n, len(triples), generator=generator) - taken).argmax(1)])
+        taken = taken + (triples[:, 0] == picks[-1][:, :1])
+    speed_size = torch.randint(2, (n, objects, 2), generator=generator)
+    if objects == 2:
+        speed_size[..., 1] = 0                       # two large ones would have no room to miss each other
+    return torch.cat([torch.stack(picks, 1), speed_size], -1)                              # (n, k, 5)
+
+
+def wrap(offset, size):
+    """The shortest way round the torus: offsets brought into [-size/2, size/2)."""
+    return (offset + size / 2) % size - size / 2
+
+
+def draw_shapes(half, centre, size):
+    """All four shapes at the same place: half (n,), centre (n, 2) -> coverage (n, 4, size, size).
+
+    Coverage is the part of the pixel that lies inside, 0 to 1, from the signed distance to the outline:
+    this makes edges smooth and places real numbers. The factors give the shapes comparable areas.
+    """
+    axis = torch.arange(size)
+    x = wrap(axis - centre[:, :1], size)[:, None, :]                                       # (n, 1, w)
+    y = wrap(axis - centre[:, 1:], size)[:, :, None]                                       # (n, h, 1)
+    r, ax, ay = half[:, None, None], x.abs(), y.abs()
+    circle = (x * x + y * y).sqrt() - r
+    square = torch.maximum(ax, ay) - 0.95 * r
+    triangle = torch.maximum(y, math.sqrt(0.75) * ax - y / 2) - 0.7 * r      # 0.7 r: the incircle
+    cross = torch.minimum(torch.maximum(ax - 1.2 * r, ay - 0.4 * r),
+                          torch.maximum(ay - 1.2 * r, ax - 0.4 * r))
+    return (0.5 - torch.stack([circle, square, triangle, cross], 1)).clamp(0, 1)           # (n, 4, h, w)
+
+
+def random_starts(specs, frames, generator, size=32):
+    """Places in frame 0: float32 (b, k, 2). Uniform; two objects keep as far apart as 32 tries allow."""
+    b, k, _ = specs.shape
+    starts = torch.rand(b, 32 if k == 2 else 1, k, 2, generator=generator) * size          # (b, try, k, 2)
+    if k == 1:
+        return starts[:, 0]
+    step = STEPS[specs[..., 2], specs[..., 3]]                                             # (b, k, 2)
+    t = torch.arange(min(frames, size))                  # whole-pixel steps: after `size` frames all repeats
+    drift = t[:, None] * (step[:, :1] - step[:, 1:])                                       # (b, t, 2)
+    gap = wrap((starts[:, :, 0] - starts[:, :, 1])[:, :, None] + drift[:, None], size)     # (b, try, t, 2)
+    best = gap.norm(dim=-1).amin(-1).argmax(1)                                             # (b,)
+    return starts[torch.arange(b), best]                                                   # (b, k, 2)
+
+
+def roll(pictures, moved):
+    """Move each picture round the torus: pictures (n, t, size, size) by moved (n, t, 2), whole pixels."""
+    (n, t, size, _), axis = pictures.shape, torch.arange(pictures.shape[-1])
+    x, y = ((axis - m[..., None].long()) % size for m in moved.unbind(-1))                 # (n, t, size) each
+    return pictures[torch.arange(n)[:, None, None, None], torch.arange(t)[:, None, None], y[..., None], x[:, :, None]]
+
+
+def render(specs, starts, frames, size=32):
+    """Draw clips: specs int64 (b, k, 5), starts float (b, k, 2) -> float32 (b, 3, frames, size, size).
+
+    Values in [-1, 1], background -1. Where objects meet, the first lies on top.
+    """
+    if specs.dim() != 3 or specs.shape[-1] != 5 or starts.shape != (*specs.shape[:2], 2):
+        raise ValueError(f"specs {tuple(specs.shape)} and starts {tuple(starts.shape)} came in; expected "
+                         "(b, k, 5) and (b, k, 2): add the axis of objects with specs[:, None]")
+    if frames < 1 or size < 32:
+        raise ValueError(f"frames={frames}, size={size}: need at least 1 frame, and 32 pixels for large shapes")
+    b, k, _ = specs.shape
+    colour, shape, direction, speed, big = specs.reshape(b * k, 5).unbind(-1)
+    first = draw_shapes(HALF[big], starts.reshape(b * k, 2), size)[torch.arange(b * k), shape]
+    # Steps are whole pixels, so every later frame is the first one rolled: gathered, not drawn again.
+    moved = torch.arange(frames)[:, None] * STEPS[direction, speed][:, None]               # (bk, t, 2)
+    cover = roll(first[:, None].expand(-1, frames, -1, -1), moved)                         # (bk, t, h, w)
+    cover = cover.view(b, k, 1, frames, size, size)
+    paint = (2 * RGB[colour] - 1).view(b, k, 3, 1, 1, 1)
+    clip = torch.tensor(-1.0)
+    for i in reversed(range(k)):
+        clip = torch.lerp(clip, paint[:, i], cover[:, i])
+    return clip                                                                            # (b, 3, t, h, w)
+
+
+def caption(specs, generator=None, still=False, plain=False):
+    """Say in words what specs, int64 (k, 5), shows. Returns a str.
+
+    still: a picture, no words of motion. plain: the one canonical wording, everything named ("a small
+    red circle moving slowly left"). Otherwise the generator picks the words; size and speed are each
+    left out three times in ten, and then anything goes: "a red circle moving right".
+    """
+    def pick(*options):
+        return options[0] if plain else options[int(torch.randint(len(options), (1,), generator=generator))]
+
+    phrases = []
+    for colour, shape, direction, speed, size in specs.tolist():
+        size, speed = tuple(SIZES)[size], tuple(SPEEDS)[speed]
+        say_size, say_speed = pick(*[True] * 7, *[False] * 3), pick(*[True] * 7, *[False] * 3)
+        noun = f"{tuple(COLOURS)[colour]} {SHAPES[shape]}"
+        noun = f"{pick(*SYNONYMS[size])} {noun}" if say_size else noun
+        if still:
+            phrases.append(f"a {noun}")
+            continue
+        way, verb = tuple(DIRECTIONS)[direction], pick(*VERBS)
+        if "-" in way:
+            up, left = way.split("-")
+            way = pick(way, f"{up} and {left}", f"{up} and to the {left}")
+        elif way in ("left", "right"):
+            way = pick(way, f"to the {way}")
+        adverb, adjective = {"slowly": (("slowly",), "slow"), "quickly": (("quickly", "fast"), "fast")}[speed]
+        motion = pick(f"{verb} {pick(*adverb)} {way}", f"{verb} {way} {pick(*adverb)}", None)
+        if not say_speed:
+            phrases.append(f"a {noun} {verb} {way}")
+        else:
+            phrases.append(f"a {noun} {motion}" if motion else f"a {adjective} {noun} {verb} {way}")
+    return " and ".join(phrases)
+
+
+def make_batch(n, frames, generator, size=32, objects=1, held_out_only=False, plain=False):
+    """n clips with captions: float32 (n, 3, frames, size, size), list of n str, specs int64 (n, objects, 5).
+
+    One frame is a still image, captioned without motion. All chance comes from the (CPU) generator.
+    """
+    specs = random_specs(n, generator, objects, held_out_only)
+    clips = render(specs, random_starts(specs, frames, generator, size), frames, size)
+    return clips, [caption(s, generator, still=frames == 1, plain=plain) for s in specs], specs
+
+
+# ---- 2. The recipe -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of the progressive recipe: `share` of all steps on clips of `frames` frames, `batch` at a time."""
+
+    frames: int
+    batch: int
+    share: float
+
+
+# LinGen's recipe in small: pictures first, then short clips, then longer ones, each stage starting from the
+# last. Every stage costs about the same per step, since fewer frames come in larger batches.
+STAGES = (Stage(1, 64, 0.10), Stage(4, 48, 0.15), Stage(16, 16, 0.65), Stage(64, 4, 0.10))
+IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
+TWO_EVERY = 3           # with --objects 2, two of three steps show two objects
+DROP = 0.1              # captions taken away, so that guidance has a model without caption to compare with
+
+# What a checkpoint asks of sample.py: these are the defaults that `python sample.py` falls back to.
+SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 24, "guidance": 2.0, "schedule": "shifted", "shift": 12.0}
+
+
+def stage_at(step, steps, stages=STAGES):
+    """The stage that a step belongs to; the shares add up to 1."""
+    done = 0.0
+    for stage in stages:
+        done += stage.share
+        if step < round(done * steps):
+            return stage
+    return stages[-1]
+
+
+def draw_times(n, frames, generator):
+    """Times t (n,) in (0, 1) to train at: logit-normal, as Movie Gen, but nearer to the noise, and the nearer the longer.
+
+    Flat shapes in big patches stay readable through a lot of noise: one sees *where* a shape is as soon as the
+    noise, averaged over all its pixels in all frames, falls below it. All that is hard to learn lies before that
+    moment, and four times the frames halve the noise of the average: the mean of logit t moves by -ln(2) for them.
+    """
+    middle = -1.6 - 0.5 * math.log(frames / 16)
+    return torch.sigmoid(middle + 1.2 * torch.randn(n, generator=generator))
+
+
+def training_batch(step, steps, seed, objects=1, stages=STAGES):
+    """Everything random in a step, made from (seed, step) alone: whoever resumes at a step sees the same data.
+
+    Returns clips (b, 3, frames, 32, 32), text (b, n), t (b,), noise like clips.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    stage = stage_at(step, steps, stages)
+    if stage.frames > 1 and step % IMAGES_EVERY == 0:
+        stage = dataclasses.replace(stages[0], share=0)
+    several = objects if objects == 1 or step % TWO_EVERY else 1
+    clips, captions, _ = make_batch(stage.batch, stage.frames, generator, objects=several)
+    text = sample.encode(captions, VOCABULARY)                                              # (b, n)
+    text[torch.rand(len(text), generator=generator) < DROP] = 0
+    return clips, text, draw_times(len(clips), stage.frames, generator), torch.randn(clips.shape, generator=generator)
+
+
+def flow_matching_loss(model, clips, text, t, noise):
+    """The mean squared error of the predicted clean clip at x_t = (1 - t) noise + t clip.
+
+    Choice: the network predicts the clip, and the sampler takes the velocity from it, (clip - x_t) / (1 - t). The
+    two targets are equivalent; the clip is flat and bounded where the velocity is mostly noise to be copied.
+    """
+    at = t.view(-1, 1, 1, 1, 1)
+    return F.mse_loss(model((1 - at) * noise + at * clips, t, text), clips)
+
+
+def make_optimizers(model, rate):
+    """Muon for the matrices inside the blocks, AdamW for everything else (embeddings, biases, norms, modulation)."""
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        inside = name.startswith("blocks") and p.dim() == 2 and "modulation" not in name and not name.endswith("bias")
+        (matrices if inside else rest).append(p)
+    return [torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def learning_rate(step, steps, rate):
+    """50 steps of warm-up, a plateau, and a straight way down to 0 over the last 40 %."""
+    return rate * min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))
+
+
+# ---- 3. The loop ---------------------------------------------------------------------------------
+
+
+class Run:
+    """Everything that changes during training, and nothing else: what a checkpoint must hold to go on exactly.
+
+    The data need no state, since each step makes its own (see `training_batch`), and the model draws no random
+    numbers after its initialisation.
+    """
+
+    def __init__(self, config, settings, device):
+        torch.manual_seed(settings["seed"])
+        self.settings, self.device, self.step, self.losses = settings, device, 0, []
+        self.model = lingen.LinGen(config).to(device)
+        self.average = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
+        self.optimizers = make_optimizers(self.model, settings["rate"])
+
+    def state(self):
+        """A checkpoint: what sample.py needs (the average is what it samples from), and under "training" all the rest."""
+        return {"format": sample.FORMAT, "config": dataclasses.asdict(self.model.config), "vocabulary": list(VOCABULARY),
+                "weights": self.average, "sampling": SAMPLING,
+                "training": {**self.settings, "step": self.step, "losses": self.losses, "model": self.model.state_dict(),
+                             "optimizers": [o.state_dict() for o in self.optimizers]}}
+
+    def restore(self, checkpoint):
+        saved = checkpoint.get("training", {})
+        differs = [f"{name}: {saved.get(name)!r} there, {value!r} here" for name, value in self.settings.items() if saved.get(name) != value]
+        if "model" not in saved or "optimizers" not in saved:
+            raise ValueError("it was published for sampling, without what training needs; resume from the file that train_tiny.py wrote")
+        if differs or checkpoint["config"] != dataclasses.asdict(self.model.config) or checkpoint["vocabulary"] != list(VOCABULARY):
+            raise ValueError(f"it is of another run ({'; '.join(differs) or 'another model or vocabulary'}): give the same settings, or another --out")
+        self.model.load_state_dict(saved["model"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        self.average = {name: p.to(self.device) for name, p in checkpoint["weights"].items()}
+        self.step, self.losses = saved["step"], list(saved["losses"])
+
+    def advance(self, rank=0, world=1):
+        """One step: data, loss, gradients, both optimisers, the average. Returns the loss of the whole batch."""
+        steps = self.settings["steps"]
+        batch = training_batch(self.step, steps, self.settings["seed"], self.settings["objects"])
+        share = len(batch[0][rank::world]) / len(batch[0])              # of several processes, each takes its rows
+        loss = share * flow_matching_loss(self.model, *(part[rank::world].to(self.device) for part in batch))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, steps, self.settings["rate"])
+            optimizer.zero_grad()
+        loss.backward()
+        loss = loss.detach()
+        if world > 1:
+            everything = torch.cat([loss.view(1)] + [p.grad.flatten() for p in self.model.parameters()])
+            distributed.all_reduce(everything)
+            loss, *gradients = everything.split([1] + [p.numel() for p in self.model.parameters()])
+            for p, gradient in zip(self.model.parameters(), gradients):
+                p.grad.copy_(gradient.view_as(p))
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"step {self.step}: the loss is {value}; first seen in {self.first_bad_module(batch)}")
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        # The average forgets its beginning: its memory grows with the steps, up to 500 of them.
+        keep = min(0.998, (self.step + 1) / (self.step + 10))
+        torch._foreach_lerp_(list(self.average.values()), list(self.model.state_dict().values()), 1 - keep)
+        self.step += 1
+        self.losses.append((batch[0].shape[2], round(value, 6)))
+        return value
+
+    def first_bad_module(self, batch):
+        """The first module, in the order of the computation, whose output is not finite for this batch."""
+        bad, hooks = [], []
+        for name, module in self.model.named_modules():
+            def look(module, inputs, out, name=name):
+                if isinstance(out, torch.Tensor) and not out.isfinite().all():
+                    bad.append(name or "the output")
+            hooks.append(module.register_forward_hook(look))
+        with torch.no_grad():
+            flow_matching_loss(self.model, *(part.to(self.device) for part in batch))
+        for hook in hooks:
+            hook.remove()
+        return bad[0] if bad else "the backward pass"
+
+
+def save(path, state):
+    """Write a checkpoint so that a kill at any moment leaves either the old file or the new one, whole."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    sample.replace_file(path, buffer.getvalue())
+
+
+def publish(source, target):
+    """Cut a training checkpoint down to what sampling needs, weights in float16: a few MB that one can ship."""
+    checkpoint = sample.load_checkpoint(source)
+    training = {name: value for name, value in checkpoint.get("training", {}).items() if name not in ("model", "optimizers", "losses")}
+    weights = {name: p.half() for name, p in checkpoint["weights"].items()}
+    save(target, {**{key: checkpoint[key] for key in ("format", "config", "vocabulary", "sampling")}, "weights": weights, "training": training})
+
+
+def train(args):
+    """The whole run: resume or begin, step, save, and show at the end what came of it."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = sample.choose_device(args.device)
+    if world > 1:                                                       # started by torchrun
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=120))
+    torch.set_float32_matmul_precision("medium")    # linear layers may round to bfloat16 (where the CPU or GPU has it)
+    settings = {name: getattr(args, name) for name in ("steps", "seed", "objects", "rate")}
+    run = Run(lingen.preset("tiny", vocab_size=len(VOCABULARY)), settings, device)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if args.resume:
+        run.restore(sample.load_checkpoint(out))
+    elif out.exists():
+        raise FileExistsError(f"{out} exists; go on with it by --resume, or name another file with --out")
+    keep = rank == 0 and (lambda: save(out, run.state())) or (lambda: None)
+    saved = time.monotonic()
+    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0 or None if not sys.stderr.isatty() else rank > 0)
+    try:
+        while run.step < args.steps:
+            loss = run.advance(rank, world)
+            frames = run.losses[-1][0]
+            bar.set_postfix_str(f"{frames} frame{'s' * (frames > 1)}, loss {loss:.4f}")
+            bar.update()
+            if time.monotonic() - saved > args.save_every:
+                keep()
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        keep()
+        raise KeyboardInterrupt(f"stopped at step {run.step} of {args.steps}; go on with the same command and --resume") from None
+    finally:
+        bar.close()
+    keep()
+    if rank == 0:
+        preview(run, out.with_suffix(".gif"))
+        print(f"wrote {out} and {out.with_suffix('.gif')}")
+
+
+def preview(run, path):
+    """A clip of eight captions side by side, as the average draws them now."""
+    model = lingen.LinGen(run.model.config).to(run.device)
+    model.load_state_dict(run.average)
+    generator = torch.Generator().manual_seed(1)
+    specs = random_specs(8, generator, run.settings["objects"], held_out_only=True)
+    captions = [caption(s, plain=True) for s in specs]
+    options = {name: SAMPLING[name] for name in ("steps", "guidance", "schedule", "shift")}
+    clips = sample.sample(model.eval(), sample.encode(captions, VOCABULARY), (16, 32, 32), seed=0, **options)     # (8, 3, t, h, w)
+    clips = F.pad(clips, (1, 1, 1, 1), value=0.2).view(2, 4, 3, 16, 34, 34)
+    clips = clips.permute(2, 3, 0, 4, 1, 5).reshape(3, 16, 68, 136)                          # two rows of four
+    sample.write_clip(path, sample.to_frames(clips), fps=SAMPLING["fps"], settings={"captions": captions})
+
+
+def draw_examples(path):
+    """Examples of the data as a picture: for each of eight clips its caption and six of its frames."""
+    from PIL import Image, ImageDraw, ImageFont
+    clips, captions, _ = make_batch(5, 16, torch.Generator().manual_seed(3))
+    pairs, pair_captions, _ = make_batch(3, 16, torch.Generator().manual_seed(5), objects=2)
+    image = Image.new("RGB", (1060, 8 * 76 + 14), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
+    for row, (clip, words) in enumerate(zip([*clips, *pairs], captions + pair_captions)):
+        for column, frame in enumerate(sample.to_frames(clip)[::3]):
+            image.paste(Image.fromarray(frame).resize((64, 64), Image.Resampling.NEAREST), (14 + 72 * column, 12 + 76 * row))
+        pen.text((460, 44 + 76 * row), words, fill="#222222", font=font, anchor="lm")
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    sample.replace_file(path, out.getvalue())
+
+
+def main(argv=None):
+    parser = sample.Parser(prog="train_tiny.py", description="Train the tiny LinGen on moving shapes, from nothing, on whatever this machine has.",
+                           epilog="A stopped run goes on with --resume, bit for bit as if it had never stopped. Several processes: torchrun "
+                                  "--nproc_per_node=2 train_tiny.py ...")
+    add = parser.add_argument
+    add("--out", default="runs/tiny.pt", help="the checkpoint (default runs/tiny.pt); a preview is written beside it")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--steps", type=int, default=2000, help="of all stages together (default 2000: about 15 minutes on two CPU cores)")
+    add("--seed", type=int, default=0, help="of the weights and the data")
+    add("--objects", type=int, choices=(1, 2), default=1, help="2: the second level, clips with two objects among those with one")
+    add("--rate", type=float, default=2e-3, help="learning rate of both optimisers (default 0.002)")
+    add("--device", help="default: cuda, else mps, else cpu")
+    add("--save-every", type=float, default=60, metavar="SECONDS", help="time between checkpoints (default 60)")
+    add("--evaluate", metavar="CHECKPOINT", help="do not train: sample clips and hold them against their captions")
+    add("--captions", type=int, default=100, help="how many, with --evaluate (default 100)")
+    add("--frames", type=int, default=16, help="per clip, with --evaluate (default 16)")
+    add("--publish", nargs=2, metavar=("FROM", "TO"), help="do not train: cut a checkpoint down to what sampling needs")
+    add("--examples", metavar="FILE.png", help="do not train: draw examples of the data with their captions")
+    try:
+        args = parser.parse_args(argv)
+        for name, low, high in (("steps", 1, 10**7), ("seed", 0, 2**31 - 1), ("captions", 1, 10**5), ("frames", 1, 4096), ("rate", 1e-8, 1.0), ("save_every", 0, 1e9)):
+            if not low <= getattr(args, name) <= high:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {low} to {high}")
+    except ValueError as error:
+        return sample.complain("train_tiny.py", error, 2)
+    try:
+        if args.evaluate:
+            from benchmarks.judge import evaluate
+            evaluate(args.evaluate, args.captions, args.frames, args.objects, args.device, args.seed)
+        elif args.publish:
+            publish(*args.publish)
+            print(f"wrote {args.publish[1]}, {os.path.getsize(args.publish[1]) / 1e6:.1f} MB")
+        elif args.examples:
+            draw_examples(args.examples)
+            print(f"wrote {args.examples}")
+        else:
+            train(args)
+        return 0
+    except KeyboardInterrupt as stop:
+        print(f"\ntrain_tiny.py: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return sample.complain("train_tiny.py", error, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
