@@ -212,7 +212,7 @@ class Stage:
 
 # LinGen's recipe in small: pictures first, then short clips, then longer ones, each stage starting from the
 # last. Every stage costs about the same per step, since fewer frames come in larger batches.
-STAGES = (Stage(1, 64, 0.10), Stage(4, 48, 0.15), Stage(16, 16, 0.65), Stage(64, 4, 0.10))
+STAGES = (Stage(1, 64, 0.06), Stage(4, 48, 0.12), Stage(16, 16, 0.62), Stage(64, 4, 0.20))
 IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
 TWO_EVERY = 3           # with --objects 2, two of three steps show two objects
 DROP = 0.1              # captions taken away, so that guidance has a model without caption to compare with
@@ -221,14 +221,14 @@ DROP = 0.1              # captions taken away, so that guidance has a model with
 SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 24, "guidance": 2.0, "schedule": "shifted", "shift": 12.0}
 
 
-def stage_at(step, steps, stages=STAGES):
+def stage_at(step, steps):
     """The stage that a step belongs to; the shares add up to 1."""
     done = 0.0
-    for stage in stages:
+    for stage in STAGES:
         done += stage.share
         if step < round(done * steps):
-            return stage
-    return stages[-1]
+            break
+    return stage
 
 
 def draw_times(n, frames, generator):
@@ -238,19 +238,19 @@ def draw_times(n, frames, generator):
     noise, averaged over all its pixels in all frames, falls below it. All that is hard to learn lies before that
     moment, and four times the frames halve the noise of the average: the mean of logit t moves by -ln(2) for them.
     """
-    middle = -1.6 - 0.5 * math.log(frames / 16)
+    middle = -2.0 - 0.5 * math.log(frames / 16)
     return torch.sigmoid(middle + 1.2 * torch.randn(n, generator=generator))
 
 
-def training_batch(step, steps, seed, objects=1, stages=STAGES):
+def training_batch(step, steps, seed, objects=1):
     """Everything random in a step, made from (seed, step) alone: whoever resumes at a step sees the same data.
 
     Returns clips (b, 3, frames, 32, 32), text (b, n), t (b,), noise like clips.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    stage = stage_at(step, steps, stages)
+    stage = stage_at(step, steps)
     if stage.frames > 1 and step % IMAGES_EVERY == 0:
-        stage = dataclasses.replace(stages[0], share=0)
+        stage = STAGES[0]
     several = objects if objects == 1 or step % TWO_EVERY else 1
     clips, captions, _ = make_batch(stage.batch, stage.frames, generator, objects=several)
     text = sample.encode(captions, VOCABULARY)                                              # (b, n)
@@ -333,11 +333,11 @@ class Run:
         loss.backward()
         loss = loss.detach()
         if world > 1:
-            everything = torch.cat([loss.view(1)] + [p.grad.flatten() for p in self.model.parameters()])
-            distributed.all_reduce(everything)
-            loss, *gradients = everything.split([1] + [p.numel() for p in self.model.parameters()])
-            for p, gradient in zip(self.model.parameters(), gradients):
-                p.grad.copy_(gradient.view_as(p))
+            grads = [loss] + [p.grad for p in self.model.parameters() if p.grad is not None]
+            everything = torch.cat([grad.flatten() for grad in grads])
+            distributed.all_reduce(everything)                          # one sum for all: the loss, then the gradients
+            for grad, total in zip(grads, everything.split([grad.numel() for grad in grads])):
+                grad.copy_(total.view_as(grad))
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"step {self.step}: the loss is {value}; first seen in {self.first_bad_module(batch)}")
@@ -399,9 +399,13 @@ def train(args):
         run.restore(sample.load_checkpoint(out))
     elif out.exists():
         raise FileExistsError(f"{out} exists; go on with it by --resume, or name another file with --out")
-    keep = rank == 0 and (lambda: save(out, run.state())) or (lambda: None)
+
+    def keep():
+        if rank == 0:
+            save(out, run.state())
+
     saved = time.monotonic()
-    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0 or None if not sys.stderr.isatty() else rank > 0)
+    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
     try:
         while run.step < args.steps:
             loss = run.advance(rank, world)

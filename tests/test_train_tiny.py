@@ -1,14 +1,25 @@
 """The toy world and its judge: real clips score 100 %, and each way of going wrong is seen and named."""
 
 
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import lingen
 import sample
 import train_tiny as toy
 from benchmarks import judge as ruler
 
+ROOT = Path(__file__).resolve().parent.parent
 ALL = torch.cartesian_prod(*[torch.arange(n) for n in (6, 4, 8, 2, 2)])                    # (768, 5)
 
 
@@ -359,3 +370,197 @@ def test_summary_counts_only_what_was_named():
     assert result["joint"] == 0 and result["size_ok"] == 0 and result["direction_ok"] is None and result["n"] == 2
     assert ruler.wilson(0, 10)[0] == pytest.approx(0) and ruler.wilson(10, 10)[1] == pytest.approx(1)
     assert ruler.wilson(95, 100) == pytest.approx((0.888, 0.978), abs=1e-3)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+SMALL = (toy.Stage(1, 4, 0.2), toy.Stage(4, 2, 0.3), toy.Stage(8, 2, 0.5))
+# The command line with small stages, in a process of its own that can be killed.
+COMMAND = ("import sys, torch, train_tiny as t; torch.set_num_threads(1); t.STAGES = (t.Stage(1, 4, 0.2), t.Stage(4, 2, 0.3), "
+           "t.Stage(8, 2, 0.5)); sys.exit(t.main(sys.argv[1:]))")
+
+
+def command(*args, **kwargs):
+    return subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, args)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def weights(path):
+    saved = torch.load(path, weights_only=True)
+    return {**{f"average {k}": v for k, v in saved["weights"].items()}, **saved["training"]["model"]}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(toy, "STAGES", SMALL)
+    monkeypatch.setattr(toy, "SAMPLING", {**toy.SAMPLING, "steps": 1})
+    torch.set_num_threads(1)
+
+
+def test_stages_follow_their_shares_and_pictures_are_mixed_in(small):
+    assert [toy.stage_at(step, 10).frames for step in range(10)] == [1, 1, 4, 4, 4, 8, 8, 8, 8, 8]
+    frames = [toy.training_batch(step, 40, seed=0)[0].shape[2] for step in range(40)]
+    assert frames[:8] == [1] * 8 and all((f == 1) == (step < 8 or step % toy.IMAGES_EVERY == 0) for step, f in enumerate(frames))
+    assert abs(sum(stage.share for stage in toy.STAGES) - 1) < 1e-9
+
+
+def test_a_step_makes_its_own_data(small):
+    one, again, other = (toy.training_batch(step, 10, seed=3) for step in (7, 7, 6))
+    assert all(torch.equal(a, b) for a, b in zip(one, again))
+    assert not torch.equal(one[3], other[3])
+    assert not torch.equal(one[3], toy.training_batch(7, 10, seed=4)[3])
+
+
+def test_training_never_shows_what_is_held_out_and_sometimes_hides_the_caption(small):
+    empty = 0
+    for step in range(0, 200):
+        clips, text, t, noise = toy.training_batch(step, 200, seed=1)
+        empty += int((text == 0).all(1).sum())
+        assert clips.shape == noise.shape and len(t) == len(clips) and ((t > 0) & (t < 1)).all()
+    assert 20 < empty < 110                                         # a tenth of 500
+    specs = torch.cat([toy.random_specs(500, seeded(i)) for i in range(4)])
+    assert not toy.held_out(specs).any()
+
+
+def test_times_move_to_the_noise_as_clips_grow():
+    short, long = (toy.draw_times(4000, frames, seeded()) for frames in (16, 64))
+    logit = lambda t: (t.log() - (1 - t).log()).mean().item()
+    assert logit(long) == pytest.approx(logit(short) - 0.693, abs=0.02)
+
+
+def test_loss_is_that_of_the_predicted_clip(small):
+    clips, text, t, noise = toy.training_batch(9, 10, seed=0)
+    seen = {}
+
+    def model(x, times, words):
+        seen["x"] = x
+        return torch.zeros_like(x)
+    loss = toy.flow_matching_loss(model, clips, text, t, noise)
+    assert loss == pytest.approx(clips.square().mean().item(), rel=1e-5)
+    torch.testing.assert_close(seen["x"][1], (1 - t[1]) * noise[1] + t[1] * clips[1])
+
+
+def test_every_parameter_has_one_optimizer_and_the_average_follows(small):
+    run = toy.Run(lingen.preset("tiny", vocab_size=len(toy.VOCABULARY)), dict(steps=10, seed=0, objects=1, rate=2e-3), torch.device("cpu"))
+    owned = [id(p) for o in run.optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(id(p) for p in run.model.parameters())
+    before = {name: p.clone() for name, p in run.average.items()}
+    run.advance()
+    moved = run.model.state_dict()
+    for name, average in run.average.items():
+        torch.testing.assert_close(average, before[name] + 0.9 * (moved[name] - before[name]))
+
+
+def test_learning_rate_warms_up_stays_and_falls_to_zero():
+    rates = [toy.learning_rate(step, 1000, 1.0) for step in (0, 49, 300, 599, 800, 999)]
+    assert rates == pytest.approx([0.02, 1, 1, 1, 0.5, 0.0025])
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path):
+    """SIGKILL at random moments, again and again; the run ends as if nothing had happened."""
+    whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
+    process = command("--steps", 10, "--out", whole)
+    assert process.wait(timeout=300) == 0, process.stderr.read()
+    make, kills = random.Random(0), 0
+    for _ in range(4):
+        process = command("--steps", 10, "--out", killed, "--save-every", 0, *(["--resume"] if killed.exists() else []))
+        try:
+            process.wait(timeout=make.uniform(3.0, 6.0))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    process = command("--steps", 10, "--out", killed, "--save-every", 0, *(["--resume"] if killed.exists() else []))
+    assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert kills
+    wanted, got = weights(whole), weights(killed)
+    assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    out = tmp_path / "stopped.pt"
+    process = command("--steps", 5000, "--out", out, "--save-every", 0)
+    for _ in range(600):
+        if out.exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in said and "Traceback" not in said
+    assert torch.load(out, weights_only=True)["training"]["step"] > 0
+
+
+def test_nan_stops_with_the_step_and_the_module(small, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "nan.pt"
+    assert toy.main(["--steps", "3", "--out", str(out)]) == 0
+    good, init = out.read_bytes(), toy.Run.__init__
+
+    def poisoned(self, *args):
+        init(self, *args)
+        with torch.no_grad():
+            self.model.blocks[1].mlp[0].weight[0, 0] = float("nan")
+    monkeypatch.setattr(toy.Run, "__init__", poisoned)
+    monkeypatch.setattr(toy.Run, "restore", lambda self, checkpoint: None)
+    assert toy.main(["--steps", "5", "--out", str(out), "--resume"]) == 1
+    said = capsys.readouterr().err
+    assert "step 0" in said and "blocks.1.mlp.0" in said and out.read_bytes() == good
+
+
+def test_a_run_is_not_overwritten_nor_mixed_with_another(small, tmp_path, capsys):
+    out = tmp_path / "run.pt"
+    assert toy.main(["--steps", "2", "--out", str(out)]) == 0
+    for args, says in ((["--steps", "2"], "--resume"), (["--steps", "3", "--resume"], "steps"), (["--steps", "2", "--seed", "1", "--resume"], "seed")):
+        assert toy.main([*args, "--out", str(out)]) == 1
+        assert says in capsys.readouterr().err
+
+
+def test_published_checkpoint_is_small_and_samples(small, tmp_path):
+    out, small_file = tmp_path / "run.pt", tmp_path / "small.pt"
+    assert toy.main(["--steps", "2", "--out", str(out)]) == 0
+    assert out.with_suffix(".gif").exists()
+    assert toy.main(["--publish", str(out), str(small_file)]) == 0
+    assert small_file.stat().st_size < 5e6
+    assert sample.main(["a red circle", "--checkpoint", str(small_file), "--frames", "4", "--out", str(tmp_path / "clip.npy")]) == 0
+    assert toy.main(["--steps", "2", "--out", str(small_file), "--resume"]) == 1        # it lacks what training needs
+
+
+def test_evaluation_prints_its_table(small, tmp_path, capsys):
+    out = tmp_path / "run.pt"
+    assert toy.main(["--steps", "1", "--out", str(out)]) == 0
+    assert toy.main(["--evaluate", str(out), "--captions", "2", "--frames", "4"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("colour", "direction", "one object", "all right", "95 % interval", "held out", "flicker"))
+
+
+def test_examples_are_drawn(tmp_path):
+    assert toy.main(["--examples", str(tmp_path / "examples.png")]) == 0
+    assert (tmp_path / "examples.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("args, code, says", [
+    (["--steps", "0"], 2, "--steps"), (["--steps", "many"], 2, "steps"), (["--rate", "nan"], 2, "--rate"), (["--objects", "3"], 2, "objects"),
+    (["--seed", "-1"], 2, "--seed"), (["--nonsense"], 2, "nonsense"), (["--evaluate", "missing.pt"], 1, "missing.pt"),
+    (["--resume", "--out", "missing.pt"], 1, "missing.pt"), (["--device", "tpu"], 1, "device"), (["--publish", "missing.pt", "x.pt"], 1, "missing.pt"),
+    (["--examples", "no/such/folder.png"], 1, "No such file"), (["--save-every", "-5"], 2, "--save-every")])
+def test_wrong_calls_get_one_line(args, code, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert toy.main(args) == code
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said and said.startswith("train_tiny.py: error:") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch is built without torch.distributed")
+def test_two_processes_follow_the_curve_of_one(tmp_path):
+    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
+    assert command("--steps", 6, "--out", one).wait(timeout=300) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rows = [command("--steps", 6, "--out", two, env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                                                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in (0, 1)]
+    assert [row.wait(timeout=300) for row in rows] == [0, 0], rows[0].stderr.read()
+    curve = lambda path: [loss for _, loss in torch.load(path, weights_only=True)["training"]["losses"]]
+    assert curve(two) == pytest.approx(curve(one), rel=1e-3)
