@@ -30,7 +30,7 @@ from torch import nn
 
 from mamba2_ref import BidirectionalMamba2
 from scan import SCANS, to_grid, to_sequence
-from tesa import TemporalSwinAttention
+from tesa import TemporalSwinAttention, attend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,7 @@ class FullAttention(nn.Module):
 
     def forward(self, grid):
         q, k, v = rearrange(self.qkv(grid), "b t h w (three n p) -> three b n (t h w) p", three=3, n=self.nheads)
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b n l p -> b l (n p)")
+        out = rearrange(attend(q, k, v), "b n l p -> b l (n p)")
         return self.proj(out).view(grid.shape)
 
 
@@ -200,7 +200,7 @@ class CrossAttention(nn.Module):
     def forward(self, x, text, mask):
         q = rearrange(self.q(x), "b l (n p) -> b n l p", n=self.nheads)
         k, v = rearrange(self.kv(text), "b l (two n p) -> two b n l p", two=2, n=self.nheads)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        out = attend(q, k, v, mask[:, None, None, :])
         return self.proj(rearrange(out, "b n l p -> b l (n p)"))
 
 

@@ -24,6 +24,7 @@ k windows in the grid; m tokens in a window.
 Run it: `python tesa.py` prints how far tokens hear after each layer, and draws windows, shift and mask.
 """
 
+import contextlib
 import functools
 import math
 
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ---------------------------------------------------------------- which tokens share a window
 
@@ -156,10 +158,21 @@ class TemporalSwinAttention(nn.Module):
         if mask is not None:
             # Windows of all clips share one axis, since the fast kernels want four axes and no more.
             mask = mask[None, :, None].expand(b, -1, -1, -1, -1).flatten(0, 1)  # (b*k, 1, m, m)
-        out = F.scaled_dot_product_attention(q, key, v, attn_mask=mask)  # (b*k, n, m, e)
+        out = attend(q, key, v, mask)  # (b*k, n, m, e)
 
         out = rearrange(out, "(b k) n m e -> b k m (n e)", b=b, k=k)
         return self.proj(unpartition(out, shape, window, shift))  # (b, t, h, w, d)
+
+
+def attend(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(e)) v over the last two axes; mask bool, True where a query may attend.
+
+    On a CPU, torch's fused kernel is made for long sequences: over a window's or a caption's few keys plain
+    products are 2 to 5 times faster, forward and backward.
+    """
+    short = q.device.type == "cpu" and k.shape[-2] <= 256
+    with sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def quarter_turn(x):

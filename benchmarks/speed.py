@@ -1,0 +1,233 @@
+"""How fast the scan is, against other plain-PyTorch scans, against itself in two directions, and against attention.
+
+    python benchmarks/speed.py                     all tables, some ten minutes on two cores
+    python benchmarks/speed.py peers linear        some of them: peers, linear, both, mate, floor, bf16
+
+Times are medians of runs taken in turn (ours, theirs, ours, ...), since a shared machine drifts: read the ratios.
+Peak memory is what a process of its own adds while it runs. The peers are functions that pip installs: mamba-ssm's
+`ssd_minimal_discrete` and transformers' `mamba2_chunk_scan`; see tests/requirements-peers.txt.
+"""
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+
+from mamba2_ref import BidirectionalMamba2, Mamba2, ssd_bidirectional, ssd_chunked  # noqa: E402
+
+HEADS, HEADDIM, D_STATE = 8, 32, 32
+
+
+def inputs(length, dtype=torch.float32):
+    """Batch 1, 8 heads of 32, one group, d_state 32: x, dt, A, B, C."""
+    make = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=make).to(dtype)
+    return (randn(1, length, HEADS, HEADDIM), torch.rand(1, length, HEADS, generator=make) * 0.1,
+            -8 * torch.rand(HEADS, generator=make), randn(1, length, 1, D_STATE), randn(1, length, 1, D_STATE))
+
+
+def scans():
+    """name -> scan(x, dt, A, B, C, chunk_size): ours, and the peers that are installed."""
+    found = {"ours": ssd_chunked, "ours, both directions": ssd_bidirectional}
+    try:
+        from tests import peers
+        for name, scan in (("ssd_minimal", peers.minimal), ("transformers", peers.transformers)):
+            scan(*inputs(64), 32)
+            found[name] = scan
+    except ImportError as error:
+        print(f"peers are left out: {error}", file=sys.stderr)
+    return found
+
+
+def runner(scan, arguments, chunk, backward):
+    """A function without arguments that runs the scan once, with its backward pass or without."""
+    if not backward:
+        def run():
+            with torch.no_grad():
+                scan(*arguments, chunk)
+        return run
+    arguments = [t.detach().requires_grad_() for t in arguments]
+    weight = torch.randn_like(arguments[0])
+
+    def run():
+        torch.autograd.grad(scan(*arguments, chunk), arguments, weight)
+    return run
+
+
+def in_turn(runs, times):
+    """Median milliseconds of each of several functions, run in turn after one warm-up each."""
+    taken = {name: [] for name in runs}
+    for round_ in range(times + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if round_:
+                taken[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def peak_mib(name, length, chunk, backward):
+    """What the scan adds to the memory of a fresh process, in MiB; None where the system does not say."""
+    out = subprocess.run([sys.executable, __file__, "--peak", name, str(length), str(chunk), str(int(backward))], capture_output=True, text=True)
+    return json.loads(out.stdout) if out.returncode == 0 else None
+
+
+def print_peak(name, length, chunk, backward):
+    import resource
+    scan, used = scans()[name], lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    arguments = inputs(length)
+    runner(scan, inputs(256), chunk, backward)()                 # libraries load what they need
+    before = used()
+    runner(scan, arguments, chunk, backward)()
+    print(json.dumps(used() - before))
+
+
+def peers(rows, quick):
+    print("Against other plain-PyTorch scans: float32, batch 1, 8 heads of 32, one group, d_state 32; ms, MiB, ratio to ours")
+    every, best = {name: scan for name, scan in scans().items() if "both" not in name}, {"ours": 32}
+    for name in every.keys() - {"ours"}:
+        by_chunk = in_turn({chunk: runner(every[name], inputs(4096), chunk, True) for chunk in (32, 64, 128)}, 3)
+        best[name] = min(by_chunk, key=by_chunk.get)
+    for length in (4096, 16384) if quick else (4096, 16384, 131072):
+        for backward in (False, True):
+            runs = {name: runner(scan, inputs(length), best[name], backward) for name, scan in every.items()}
+            taken = in_turn(runs, 3 if length > 100_000 else 9)
+            peaks = {name: peak_mib(name, length, best[name], backward) for name in every}
+            for name in every:
+                row = dict(length=length, pass_="both" if backward else "forward", scan=name, chunk=best[name], ms=round(taken[name], 1),
+                           peak_mib=round(peaks[name]) if peaks[name] else None, slower=round(taken[name] / taken["ours"], 2),
+                           memory=round(peaks[name] / peaks["ours"], 2) if all(peaks.values()) else None)
+                rows("peers", row)
+
+
+def linear(rows, quick):
+    print("Linear: microseconds per token")
+    lengths = (8192, 32768, 131072)
+    for backward in (False, True):
+        taken = in_turn({length: runner(ssd_chunked, inputs(length), 32, backward) for length in lengths}, 3 if quick else 7)
+        for length in lengths:
+            rows("linear", dict(length=length, pass_="both" if backward else "forward", us_per_token=round(1e3 * taken[length] / length, 3),
+                                to_8192=round(taken[length] / length / (taken[8192] / 8192), 3)))
+    length = 2**20
+    taken = in_turn({0: runner(ssd_chunked, inputs(length), 32, False)}, 1)[0]
+    size = 4 * length * (2 * HEADS * HEADDIM + HEADS + 2 * D_STATE) / 2**20
+    rows("linear", dict(length=length, pass_="forward", us_per_token=round(1e3 * taken / length, 3),
+                        peak_mib=round(peak_mib("ours", length, 32, False) or 0), inputs_and_output_mib=round(size)))
+
+
+def both(rows, quick):
+    print("Both directions at once, over two scans (or layers) in one direction")
+    for length in (4096, 16384):
+        for backward in (False, True):
+            arguments = inputs(length)
+            taken = in_turn({"one": runner(ssd_chunked, arguments, 32, backward), "both": runner(ssd_bidirectional, arguments, 32, backward)}, 9)
+            rows("both", dict(what="scan", length=length, pass_="both" if backward else "forward", one_ms=round(taken["one"], 1),
+                              both_ms=round(taken["both"], 1), of_two=round(taken["both"] / (2 * taken["one"]), 3)))
+    for backward in (False, True):
+        u, layers = torch.randn(1, 4096, 256), {"one": Mamba2(256, 32, headdim=32, expand=1), "both": BidirectionalMamba2(256, 32, headdim=32, expand=1)}
+
+        def step(layer):
+            with torch.set_grad_enabled(backward):
+                out = layer(u)
+            if backward:
+                out.sum().backward()
+        taken = in_turn({name: (lambda layer=layer: step(layer)) for name, layer in layers.items()}, 9)
+        rows("both", dict(what="layer", length=4096, pass_="both" if backward else "forward", one_ms=round(taken["one"], 1),
+                          both_ms=round(taken["both"], 1), of_two=round(taken["both"] / (2 * taken["one"]), 3)))
+
+
+def mate(rows, quick):
+    print("The tiny LinGen against the same model with full attention (DiT), one training step, batch 1")
+    from lingen import LinGen, preset
+    for tokens in (128, 512, 2048, 8192) if quick else (128, 512, 2048, 8192, 32768):
+        frames = tokens // 64 * 4
+        clip, t, text = torch.randn(1, 3, frames, 32, 32), torch.rand(1), torch.ones(1, 6, dtype=torch.long)
+        models = {mixer: LinGen(preset("tiny", vocab_size=40, mixer=mixer)) for mixer in ("mate", "attention")}
+
+        def step(model):
+            model(clip, t, text).square().mean().backward()
+        taken = in_turn({mixer: (lambda model=model: step(model)) for mixer, model in models.items()}, 2 if tokens > 10_000 else 7)
+        rows("mate", dict(tokens=tokens, frames=frames, mate_ms=round(taken["mate"], 1), dit_ms=round(taken["attention"], 1),
+                          mate_over_dit=round(taken["mate"] / taken["attention"], 3)))
+
+
+def floor(rows, quick):
+    print("How far from the floor: the scan's products over the measured matrix rate, its bytes over the measured bandwidth")
+    from torch.utils.flop_counter import FlopCounterMode
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    big = torch.randn(2**25)
+    out = torch.empty_like(big)
+    taken = in_turn({"product": lambda: a @ b, "copy": lambda: out.copy_(big)}, 15)
+    rate, bandwidth = 2 * 1024**3 / taken["product"] * 1e3, 8 * big.numel() / taken["copy"] * 1e3
+    for length in (4096, 131072):
+        arguments = inputs(length)
+        with FlopCounterMode(display=False) as counter:
+            ssd_chunked(*arguments)
+        moved = 4 * (sum(t.numel() for t in arguments) + arguments[0].numel())
+        ms = in_turn({0: runner(ssd_chunked, arguments, 32, False)}, 5)[0]
+        by_rate, by_bandwidth = 1e3 * counter.get_total_flops() / rate, 1e3 * moved / bandwidth
+        rows("floor", dict(length=length, pass_="forward", ms=round(ms, 1), gflop_per_s=round(rate / 1e9), gb_per_s=round(bandwidth / 1e9, 1),
+                           products_ms=round(by_rate, 2), bytes_ms=round(by_bandwidth, 2), binds="products" if by_rate > by_bandwidth else "bytes",
+                           factor=round(ms / max(by_rate, by_bandwidth), 1)))
+
+
+def bf16(rows, quick):
+    print("bfloat16 inputs against float32, and float32 with products in bfloat16 (torch.set_float32_matmul_precision)")
+    runs = {}
+    for name, dtype, precision in (("float32", torch.float32, "highest"), ("bfloat16 inputs", torch.bfloat16, "highest"), ("float32, products bfloat16", torch.float32, "medium")):
+        for backward in (False, True):
+            run = runner(ssd_chunked, inputs(16384, dtype), 32, backward)
+
+            def timed(run=run, precision=precision):
+                torch.set_float32_matmul_precision(precision)
+                run()
+            runs[name, backward] = timed
+    taken = in_turn(runs, 7)
+    torch.set_float32_matmul_precision("highest")
+    for (name, backward), ms in taken.items():
+        rows("bf16", dict(what=name, length=16384, pass_="both" if backward else "forward", ms=round(ms, 1), to_float32=round(ms / taken["float32", backward], 2)))
+
+
+TABLES = {"peers": peers, "linear": linear, "both": both, "mate": mate, "floor": floor, "bf16": bf16}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Each table is also written as CSV into --out.")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"which: {', '.join(TABLES)} (default all)")
+    parser.add_argument("--quick", action="store_true", help="leave out the longest sequences")
+    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"), help="folder of the CSV files")
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        return print_peak(args.peak[0], *map(int, args.peak[1:]))
+    if unknown := set(args.tables) - set(TABLES):
+        parser.error(f"there is no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
+    os.makedirs(args.out, exist_ok=True)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}\n")
+    for table in args.tables or TABLES:
+        written = []
+
+        def rows(name, row, written=written):
+            if not written:
+                print("  ".join(f"{key.rstrip('_'):>14}" for key in row))
+            print("  ".join(f"{'' if value is None else value:>14}" for value in row.values()), flush=True)
+            written.append(row)
+        TABLES[table](rows, args.quick)
+        print()
+        with open(Path(args.out) / f"speed_{table}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in written for key in row)))
+            writer.writeheader()
+            writer.writerows(written)
+
+
+if __name__ == "__main__":
+    main()
