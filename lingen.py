@@ -84,8 +84,13 @@ class LinGenConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.d_model % self.nheads or self.d_model % 2:
-            raise ValueError(f"d_model must be even and a multiple of nheads, got d_model={self.d_model}, nheads={self.nheads}")
+        if self.d_model % self.nheads:
+            raise ValueError(f"d_model must be a multiple of nheads, got d_model={self.d_model}, nheads={self.nheads}")
+        if not self.mlp_ratio * self.d_model >= 1 or not self.expand * self.d_model >= 1 or int(self.expand * self.d_model) % self.headdim:
+            raise ValueError("mlp_ratio and expand must be positive, and expand * d_model a multiple of headdim: got "
+                             f"mlp_ratio={self.mlp_ratio}, expand={self.expand}, d_model={self.d_model}, headdim={self.headdim}")
+        if int(self.expand * self.d_model) // self.headdim % self.ngroups:
+            raise ValueError(f"ngroups must divide the heads of Mamba2, expand * d_model / headdim: got ngroups={self.ngroups}")
         if (self.vocab_size > 0) == (self.text_dim > 0):
             raise ValueError("captions are either words (vocab_size > 0) or embeddings (text_dim > 0): "
                              f"got vocab_size={self.vocab_size}, text_dim={self.text_dim}")
@@ -221,7 +226,7 @@ class Block(nn.Module):
         self.cross = CrossAttention(d, config.nheads)
         hidden = int(config.mlp_ratio * d)
         self.mlp = nn.Sequential(nn.Linear(d, hidden), nn.GELU("tanh"), nn.Linear(hidden, d))
-        # The gates begin at 0, so that every block begins as the identity and deep stacks train from the first step.
+        # Both gates begin at 0: at first a block only reads the caption, and deep stacks train from the first step.
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
         nn.init.zeros_(self.modulation[1].weight)
         nn.init.zeros_(self.modulation[1].bias)
@@ -264,7 +269,7 @@ class LinGen(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
         self.patch_out = nn.Linear(d, per_patch)
-        for layer in (self.modulation[1], self.patch_out):      # begin by predicting zero, the mean of everything
+        for layer in (self.modulation[1], self.patch_out):      # begin by predicting zero for every clip
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -285,7 +290,7 @@ class LinGen(nn.Module):
         pt, ph, pw = self.config.patch
         x = self.patch_in(rearrange(clip, "b c (t pt) (h ph) (w pw) -> b t h w (pt ph pw c)", pt=pt, ph=ph, pw=pw))
         for axis, table in enumerate(self.positions, 1):
-            if len(table):
+            if len(table):                                      # no entries: this axis has no table, see the preset "tiny"
                 x = x + position_table(table, x.shape[axis]).view([-1 if k == axis else 1 for k in range(4)] + [x.shape[-1]])
         text, mask = self.read(text)                            # (b, 1 + n, d), (b, 1 + n)
         # Choice: the mean of the caption's words joins the timestep's embedding. Movie Gen gives the caption by
@@ -316,12 +321,14 @@ class LinGen(nn.Module):
         for name, size, p in zip(("frames", "height", "width"), clip.shape[2:], c.patch):
             if size % p and not (name == "frames" and size == 1):
                 raise ValueError(f"{name}={size} must be a multiple of the patch ({p}){' or 1, a still image' if name == 'frames' else ''}: "
-                                 f"take {max(p, size // p * p)} or {(size // p + 1) * p}")
+                                 f"take {f'{size // p * p} or ' if size > p else ''}{(size // p + 1) * p}")
         if t.shape != clip.shape[:1] or not t.is_floating_point():
             raise ValueError(f"t must be floating point, one time per clip ({len(clip)},), got {tuple(t.shape)} {t.dtype}")
         if c.vocab_size:
             if text.dim() != 2 or len(text) != len(clip) or text.is_floating_point() or text.is_complex() or text.dtype == torch.bool:
                 raise ValueError(f"text must be word numbers ({len(clip)}, n), integer, got {tuple(text.shape)} {text.dtype}")
+            if text.device.type == "cpu" and text.numel() and not 0 <= text.min() <= text.max() <= c.vocab_size:
+                raise ValueError(f"word numbers must lie in 0 ... {c.vocab_size}, got {text.min()} to {text.max()}")
         elif text.dim() != 3 or len(text) != len(clip) or text.shape[2] != c.text_dim or not text.is_floating_point():
             raise ValueError(f"text must be embeddings ({len(clip)}, n, {c.text_dim}), got {tuple(text.shape)} {text.dtype}")
         if text.shape[1] > c.text_length:
@@ -329,7 +336,8 @@ class LinGen(nn.Module):
 
 
 def position_table(table, size):
-    """Read a table (entries, d) at another size: its first entries where they suffice, interpolated where not."""
+    """Read a table (entries, d) at another size. Choice: a shorter grid reads the first entries; a longer one stretches
+    the whole table over itself, so that all places move (the paper reads tables by interpolation)."""
     if size <= len(table):
         return table[:size]
     return F.interpolate(table.mT[None], size=size, mode="linear", align_corners=True)[0].mT
@@ -443,8 +451,8 @@ def main():
     args = parser.parse_args()
     config = preset(args.preset, mixer=args.mixer, **({"vocab_size": 40} if args.preset == "tiny" else {}))
     size = args.size or [p * (g or 4) for p, g in zip(config.patch, config.grid)]
-    if max(size) > 10**5:
-        parser.error(f"--size {' '.join(map(str, size))}: 100000 along an axis at most")
+    if not 1 <= min(size) <= max(size) <= 10**5:
+        parser.error(f"--size {' '.join(map(str, size))}: 1 to 100000 along an axis")
     try:
         rows = describe(config, *size)
     except ValueError as error:

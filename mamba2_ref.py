@@ -18,7 +18,7 @@ plain form again, arranged for speed and with its gradient written by hand.
 
     x, y, z (b, l, h, p)   dt (b, l, h)   A (h)   B, C (b, l, g, n)   D (h) or (h, p)   state (b, h, p, n)
 
-Names and argument order are those of mamba-ssm's `mamba_chunk_scan_combined`.
+Names and argument order (as far as seq_idx) are those of mamba-ssm's `mamba_chunk_scan_combined`.
 """
 import argparse
 import contextlib
@@ -37,7 +37,7 @@ INF = math.inf
 
 
 def _prepare(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit):
-    """Check the arguments; return x, dt, a = dt * A, B, C, the state and the borders, ready to scan.
+    """Check the arguments; return dt, a = dt * A, B, C, the initial state and the sequence starts, ready to scan.
 
     Sums and states are kept in at least float32: in half precision a running sum of dt * A stops moving
     once it is some 256 times larger than what is added.
@@ -233,7 +233,8 @@ def _chunks(t, chunk_size):
 class _Chunks:
     """What the forward and the backward pass of `_ChunkedScan` share: decays, views of the inputs, state passing.
 
-    Layouts: per token (b, c, g, Q, r, .), per head (b, c, g, r, Q, .), states at chunk borders (b, c + 1, g, n, r p).
+    Layouts: per token (b, c, g, Q, r, .), per head (b, c, g, r, Q, .), states at the borders of the chunks
+    (b, c + 1, g, n, r p), border k left of chunk k.
     Lists have one entry per direction: `into` is the decay from the edge where the state comes in to a token,
     `out` from a token to the edge where it leaves, `weight` = out * dt, `total` the decay of a whole chunk.
     """
@@ -260,9 +261,9 @@ class _Chunks:
         self.weight = [t * self.dt[..., None] for t in self.out]
         self.total = total                                                          # (b, c, g, 1, r)
         self.below = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
-        # So many chunks at a time that a matrix per head fits in a core's cache; a GPU wants all the work at once.
+        # So many chunks at a time that a matrix per head fits in a core's cache; a GPU wants more work at once.
         size = x.shape[0] * x.shape[2] * Q * max(Q, self.p)
-        self.step = self.dt.shape[1] if x.is_cuda else max(1, _SEGMENT // size)
+        self.step = max(1, (_SEGMENT if x.device.type == "cpu" else 2**26) // size)
 
     def segments(self, dy=None):
         """Yield the chunks' slice and, per token, x, B, C and dy of a few chunks at a time: views where they can be."""
@@ -275,7 +276,11 @@ class _Chunks:
             yield (c, heads(x), B, C) if dy is None else (c, heads(x), B, C, heads(rest[2]))
 
     def decays(self, c):
-        """L (b, k, g, r, Q, Q). The mask goes in before exp: see `segment_sums`."""
+        """L (b, k, g, r, Q, Q). The mask goes in before exp: see `segment_sums`.
+
+        Its exponents are differences of two running sums, as in mamba-ssm: faster than summing term by term, at the
+        price of some digits where a chunk holds a very strong decay.
+        """
         sums = self.sums[:, c]
         L = sums[..., :, None] - sums[..., None, :]
         if self.both:
@@ -294,9 +299,9 @@ class _Chunks:
         values = torch.empty(x.transpose(3, 4).shape, dtype=self.dt.dtype, device=x.device)
         return torch.mul(x.transpose(3, 4), self.dt[:, c].mT[..., None], out=values)
 
-    def new_states(self):
-        b, c, g, Q, r = self.dt.shape
-        states = self.dt.new_empty(b, c + 1, g, self.inputs[1].shape[3], r * self.p)
+    def new_states(self, nchunks=None):
+        b, c, g, _, r = self.dt.shape
+        states = self.dt.new_empty(b, (nchunks or c) + 1, g, self.inputs[1].shape[3], r * self.p)
         states[:, 0] = states[:, -1] = 0
         return states
 
@@ -305,13 +310,17 @@ class _Chunks:
         left, right = c, slice(c.start + 1, c.stop + 1)
         return (left, right) if way == 0 else (right, left)
 
-    def pass_on(self, states, way):
-        """Carry what each border holds through the chunks, one multiply-add each: linear in the number of chunks."""
-        total = self.total.expand(-1, -1, -1, -1, self.r)[..., None].expand(*self.total.shape, self.p).flatten(-2)
-        order = range(total.shape[1])                                               # total: (b, c, g, 1, r p)
-        for c in order if way == 0 else reversed(order):
-            here, there = (c, c + 1) if way == 0 else (c + 1, c)
-            states[:, there].addcmul_(total[:, c], states[:, here])
+    def pass_on(self, states, way, c, at=None):
+        """Carry the state through the chunks c, one multiply-add each: linear in the number of chunks.
+
+        `at` is where the first border of c stands in `states`, if not at its own place.
+        """
+        total = self.total[:, c].expand(-1, -1, -1, self.p, -1).mT.flatten(-2).unsqueeze(3)     # (b, k, g, 1, r p)
+        left = c.start if at is None else at
+        order = range(total.shape[1])
+        for k in order if way == 0 else reversed(order):
+            here, there = (left + k, left + k + 1) if way == 0 else (left + k + 1, left + k)
+            states[:, there].addcmul_(total[:, k], states[:, here])
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -328,33 +337,48 @@ class _ChunkedScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, dt, a, B, C, state, starts, Q, both):
+    def forward(ctx, x, dt, a, B, C, state, starts, Q, both, keep):
         chunks = _Chunks(x, dt, a, B, C, starts, Q, both)
-        states = [chunks.new_states() for _ in chunks.into]
-        for c, x_c, B_c, C_c in chunks.segments():                          # step 2: what each chunk adds to the state
-            for way, store in enumerate(states):
-                _, leaving = chunks.edges(c, way)
-                store[:, leaving] = B_c.mT @ (chunks.weight[way][:, c] * x_c).flatten(-2)
+        b, nchunks, g, _, r = chunks.dt.shape
+
+        def add(store, way, c, at, x_c, B_c):           # step 2: what each chunk adds to the state that leaves it
+            _, leaving = chunks.edges(at, way)
+            store[:, leaving] = B_c.mT @ (chunks.weight[way][:, c] * x_c).flatten(-2)
+
+        # The states at all borders are kept for the backward pass; without one, those of a segment are enough.
+        states = [chunks.new_states(None if keep else chunks.step)] + [chunks.new_states()] * both
         if state is not None:
             states[0][:, 0] = state
-        for way, store in enumerate(states):                                # step 3: from border to border
-            chunks.pass_on(store, way)
-        b, nchunks, g, _, r = chunks.dt.shape
+        if both:                                        # what comes from the right must be there before the left begins
+            for c, x_c, B_c, _ in chunks.segments():
+                add(states[1], 1, c, c, x_c, B_c)
+            chunks.pass_on(states[1], 1, slice(0, nchunks))
         y = chunks.dt.new_empty(b, nchunks, Q, g, r, chunks.p)
         for c, x_c, B_c, C_c in chunks.segments():
+            at = c if keep else slice(0, c.stop - c.start)
+            add(states[0], 0, c, at, x_c, B_c)
+            chunks.pass_on(states[0], 0, c, at.start)                       # step 3: from border to border
             M = chunks.decays(c).mul_((C_c @ B_c.mT).unsqueeze(3))          # (b, k, g, r, Q, Q)
             out = (M @ chunks.values(c, x_c)).transpose(3, 4)               # step 1: (b, k, g, Q, r, p)
             for way, store in enumerate(states):                            # step 4: what tokens read from the state
-                entering, _ = chunks.edges(c, way)
+                entering, _ = chunks.edges(c if way else at, way)
                 read = (C_c @ store[:, entering]).unflatten(-1, (r, -1))    # (b, k, g, Q, r, p)
                 out = torch.addcmul(out, chunks.into[way][:, c], read, out=y[:, c].transpose(2, 3))
+            final = states[0][:, at.stop]
+            if not keep:
+                states[0][:, 0] = final
         ctx.save_for_backward(x, dt, a, B, C, starts, *states)
         ctx.options = Q, both, state is not None
-        return y.flatten(3, 4).flatten(1, 2)[:, : x.shape[1]], states[0][:, -1].clone()
+        return y.flatten(3, 4).flatten(1, 2)[:, : x.shape[1]], final.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dfinal):
+        with _full_precision(dy.device):
+            return _ChunkedScan.gradients(ctx, dy, dfinal)
+
+    @staticmethod
+    def gradients(ctx, dy, dfinal):
         x, dt, a, B, C, starts, *states = ctx.saved_tensors
         Q, both, has_state = ctx.options
         chunks = _Chunks(x, dt, a, B, C, starts, Q, both)
@@ -372,7 +396,7 @@ class _ChunkedScan(torch.autograd.Function):
                 store[:, entering] = C_c.mT @ (chunks.into[way][:, c] * dy_c).flatten(-2)
         dstates[0][:, -1] = dfinal
         for way, store in enumerate(dstates):
-            chunks.pass_on(store, 1 - way)
+            chunks.pass_on(store, 1 - way, slice(0, nchunks))
 
         for c, x_c, B_c, C_c, dy_c in chunks.segments(dy):
             # Back through y = M (dt x) and M = L o C B^T.
@@ -380,18 +404,17 @@ class _ChunkedScan(torch.autograd.Function):
             dy_heads = dy_c.transpose(3, 4).contiguous()                    # (b, k, g, r, Q, p)
             dvalues = ((L * G).mT @ dy_heads).transpose(3, 4)               # (b, k, g, Q, r, p)
             dM = (dy_heads @ chunks.values(c, x_c).mT).mul_(L)              # dM o L
-            dG = dM.sum(3)                                                  # (b, k, g, Q, Q)
+            dG = dM.sum(3)                                                  # (b, k, g, Q, Q); L's 2 on the diagonal is in it
             dC_c, dB_c = dG @ B_c, dG.mT @ C_c                              # (b, k, g, Q, n)
             # The exponent of L_ij sums the a between j and i, so dM_ij M_ij is a gradient for each of them: rows
             # minus columns, summed up. The diagonal has exponent 0. It would cancel, but not without rounding.
             dM.mul_(G).diagonal(dim1=-2, dim2=-1).zero_()                   # dM o M
             flow = dM.sum(-1) - dM.sum(-2)                                  # (b, k, g, r, Q)
             da_c = 0
-            if both:                                                        # above the diagonal the sum runs the other way
-                above = flow
-                dM.tril_()
-                flow = dM.sum(-1) - dM.sum(-2)
-                da_c = (above - flow).cumsum(-1).mT
+            if both:        # full minus lower is what lies above the diagonal: there the sum runs the other way
+                full, lower = flow, dM.tril_()
+                flow = lower.sum(-1) - lower.sum(-2)
+                da_c = (full - flow).cumsum(-1).mT
             da_c = da_c + _sum_from_right(flow, 4).mT                       # (b, k, g, Q, r)
             ddt_c = (x_c * dvalues).sum(-1)                                 # (b, k, g, Q, r)
             torch.mul(dvalues, chunks.dt[:, c, ..., None], out=dx[:, c])
@@ -420,10 +443,16 @@ class _ChunkedScan(torch.autograd.Function):
         # Per token -> (b, l, ...): (b, c, g, Q, ...) -> (b, c, Q, g, ...) -> (b, c Q, g, ...), cut to length.
         dx, dB, dC, ddt, da = (t.transpose(2, 3).flatten(1, 2)[:, : x.shape[1]] for t in (dx, dB, dC, ddt, da))
         dstate = dstates[0][:, 0] if has_state else None
-        return dx.flatten(2, 3).to(x.dtype), ddt.flatten(2), da.flatten(2), dB, dC, dstate, None, None, None
+        return dx.flatten(2, 3).to(x.dtype), ddt.flatten(2), da.flatten(2), dB, dC, dstate, None, None, None, None
 
 
 _SEGMENT = 2**19                     # numbers in the Q x Q matrices of all heads of one segment: 2 MiB in float32
+
+
+def _full_precision(device):
+    """Sums stay in float32 where autocast would round them."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 
 
 def _sum_from_right(t, dim):
@@ -432,7 +461,7 @@ def _sum_from_right(t, dim):
 
 def ssd_chunked(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
                 dt_softplus=False, dt_limit=(0.0, INF), return_final_states=False):
-    """The chunked scan, O(length) in time and memory: what the layers below run on. Arguments in mamba-ssm's order.
+    """The chunked scan, O(length) in time and memory: what the layers below run on.
 
     Args:
         chunk_size: tokens per chunk, at least 1. The length need not be a multiple of it, and the result does
@@ -458,9 +487,9 @@ def _chunked(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx,
     g, n = B.shape[2:]
     if state is not None:                                       # (b, h, p, n) -> (b, g, n, r p): heads as columns
         state = state.view(b, g, -1, p, n).permute(0, 1, 4, 2, 3).flatten(3)
-    amp = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    with torch.autocast(x.device.type, enabled=False) if amp else contextlib.nullcontext():     # sums stay in float32
-        y, final = _ChunkedScan.apply(x, dt, a, B, C, state, starts, _fit(chunk_size, l), both)
+    with _full_precision(x.device):
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, a, B, C, state))
+        y, final = _ChunkedScan.apply(x, dt, a, B, C, state, starts, _fit(chunk_size, l), both, keep)
         y = _finish(y, x, D, z)
     if not return_final_states:
         return y
@@ -504,17 +533,19 @@ def choose_backend(backend, device):
             raise RuntimeError(f'backend="mamba_ssm" runs on a CUDA GPU, the tensors are on {device}: move them, or take backend="torch"')
         return backend
     took = "torch" if scan is None else "mamba_ssm"
-    _say_once(f"scan backend: {took}" + ("" if took == "mamba_ssm" else " (mamba-ssm is not installed)" if on_gpu else f" (on {torch.device(device).type})"))
+    _say_once(f"scan backend: {took}" + ("" if took == "mamba_ssm" else f" (mamba-ssm cannot be imported: {why})" if on_gpu else f" (on {torch.device(device).type})"))
     return took
 
 
 def ssd(x, dt, A, B, C, chunk_size=32, backend="auto", both=False, **options):
     """The scan on the chosen backend, from the left or, with `both`, the sum of both directions."""
-    if choose_backend(backend, x.device) == "torch":
+    if choose_backend(backend if x.dtype != torch.float64 or backend == "mamba_ssm" else "torch", x.device) == "torch":
         return (ssd_bidirectional if both else ssd_chunked)(x, dt, A, B, C, chunk_size, **options)
     scan, _ = _official_scan()
     if not both:
         return scan(x, dt, A, B, C, chunk_size, **options)
+    if not options.keys() <= {"D", "z", "dt_bias", "dt_softplus", "dt_limit"}:
+        raise TypeError(f"both directions take D, z, dt_bias, dt_softplus and dt_limit, got {', '.join(options)}")
     D, z = options.pop("D", None), options.pop("z", None)
     y = scan(x, dt, A, B, C, chunk_size, **options)
     y = y + scan(*(t.flip(1) for t in (x, dt)), A, *(t.flip(1) for t in (B, C)), chunk_size, **options).flip(1)
@@ -547,6 +578,9 @@ class Mamba2(nn.Module):
     Raises ValueError where expand * d_model is no multiple of headdim, or ngroups does not divide the heads.
     """
 
+    taps_ahead = 0                          # how many of the convolution's d_conv taps look at later tokens
+    both = False                            # scan in both directions
+
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1, A_init_range=(1, 16),
                  dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4, dt_limit=(0.0, INF), bias=False, conv_bias=True,
                  chunk_size=32, backend="auto"):
@@ -569,9 +603,6 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.ones(self.nheads))
         self.norm = RMSNormGated(d_inner, ngroups)
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
-
-    taps_ahead = 0                          # how many of the convolution's d_conv taps look at later tokens
-    both = False                            # scan in both directions
 
     def forward(self, u, seq_idx=None):
         if u.dim() != 3 or u.shape[-1] != self.d_model:
@@ -605,7 +636,7 @@ class BidirectionalMamba2(Mamba2):
     """Mamba2 in both directions (LinGen fig. 3): every output sees every token, at the cost of one layer and a bit.
 
     Choice, the paper being silent: the two directions share all weights, so that this layer has the parameters of
-    one Mamba2 and takes its state_dict, and their outputs are added before the gated norm. Sharing also lets
+    one Mamba2 and takes its state_dict (weights, not equal outputs), and their outputs are added before the gated norm. Sharing also lets
     the scan do once what both need (see `ssd_bidirectional`). The convolution, shared too, looks to both sides.
     """
 

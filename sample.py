@@ -28,6 +28,7 @@ import os
 import re
 import sys
 import time
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -127,6 +128,15 @@ def times(steps: int, schedule: str = "uniform", shift: float = 1.0):
     elif schedule != "uniform":
         raise ValueError(f"schedule is {schedule!a:.60}; choose one of {', '.join(SCHEDULES)}")
     return u.float()                                                                  # (steps + 1,)
+
+
+def shift_for(frames: int, sampling: dict) -> float:
+    """The shift of "shifted" times for a clip of so many frames, from a checkpoint's sampling defaults.
+
+    A shape is seen in the noise by averaging over all its frames, and that average is quieter by the square root of
+    their number: a longer clip is decided nearer to the noise, in training (train_tiny.draw_times) and here.
+    """
+    return min(100.0, max(1.0, sampling.get("shift", 1.0) * math.sqrt(frames / sampling.get("frames", frames))))
 
 
 def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", shift=1.0, seed=0,
@@ -345,9 +355,9 @@ def write_clip(path, frames: np.ndarray, *, fps: float = 16, scale: int | None =
 def replace_file(path, data: bytes) -> None:
     """Put `data` at `path` in one move: a reader, a crash or Ctrl-C finds the old file or the new one, never half."""
     path = Path(path)
-    part = path.with_name(f".{os.getpid()}-{time.monotonic_ns()}.part")  # same folder: only there is a move one step
+    part = path.with_name(f".{path.name[:200]}.part")  # same folder: only there is a move one step
     try:
-        with open(part, "xb") as file:
+        with open(part, "wb") as file:  # what an earlier kill has left is overwritten
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -460,11 +470,13 @@ def prepare(args):
     """(model, checkpoint, settings, texts): all that can be wrong with a call is found here, before any sampling."""
     import torch
     device = choose_device(args.device)
+    torch.set_float32_matmul_precision("medium")  # as in training: products may round to bfloat16 where the hardware has it
     model, checkpoint = load_model(args.checkpoint, device, args.backend)
     settings = {"frames": 16, "height": 64, "width": 64, "fps": 16, "steps": 50, "guidance": 1.0, "seed": 0,
                 "schedule": "uniform", "shift": 1.0}
     for source in (checkpoint["sampling"], vars(args)):  # the later overrules the earlier
         settings |= {name: source[name] for name in settings if source.get(name) is not None}
+    settings["shift"] = shift_for(settings["frames"], checkpoint["sampling"])
     check_shape(model.config, settings["frames"], settings["height"], settings["width"])
     times(settings["steps"], settings["schedule"], settings["shift"])
     if model.config.channels != 3:
@@ -550,8 +562,9 @@ def complain(program: str, error: Exception, code: int) -> int:
         message = "out of memory; ask for fewer --frames or a smaller --height and --width (half of each to begin)"
     elif isinstance(error, OSError) and error.strerror:
         message = f"{error.strerror}{f': {show(error.filename)}' if error.filename else ''}; make room there, or take another --out"
-    elif not isinstance(error, (ValueError, OSError, FloatingPointError, RuntimeError)):
-        message = f"{type(error).__name__}: {message}"
+    elif not isinstance(error, (ValueError, OSError, FloatingPointError)):  # not a user's mistake but one in the code: say where
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"{type(error).__name__}: {message} ({os.path.basename(place.filename)}, line {place.lineno})"
     message = " ".join(message.split())
     print(f"{program}: error: {message[:3000]}".encode("ascii", "backslashreplace").decode(), file=sys.stderr)
     return code

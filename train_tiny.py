@@ -20,7 +20,9 @@ import datetime
 import io
 import math
 import os
+import signal
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -261,8 +263,9 @@ def training_batch(step, steps, seed, objects=1):
 def flow_matching_loss(model, clips, text, t, noise):
     """The mean squared error of the predicted clean clip at x_t = (1 - t) noise + t clip.
 
-    Choice: the network predicts the clip, and the sampler takes the velocity from it, (clip - x_t) / (1 - t). The
-    two targets are equivalent; the clip is flat and bounded where the velocity is mostly noise to be copied.
+    Choice: the network predicts the clip, and the sampler takes the velocity from it, (clip - x_t) / (1 - t). Each
+    target gives the other, but the clip is flat and bounded where the velocity is mostly noise to be copied, and the
+    error of the velocity counts 1 / (1 - t)^2 times as much, which is to say, more where little is left to learn.
     """
     at = t.view(-1, 1, 1, 1, 1)
     return F.mse_loss(model((1 - at) * noise + at * clips, t, text), clips)
@@ -272,7 +275,7 @@ def make_optimizers(model, rate):
     """Muon for the matrices inside the blocks, AdamW for everything else (embeddings, biases, norms, modulation)."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
-        inside = name.startswith("blocks") and p.dim() == 2 and "modulation" not in name and not name.endswith("bias")
+        inside = name.startswith("blocks") and p.dim() == 2 and "modulation" not in name
         (matrices if inside else rest).append(p)
     return [torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
@@ -339,9 +342,10 @@ class Run:
             for grad, total in zip(grads, everything.split([grad.numel() for grad in grads])):
                 grad.copy_(total.view_as(grad))
         value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"step {self.step}: the loss is {value}; first seen in {self.first_bad_module(batch)}")
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
+        if not math.isfinite(value + norm):                             # before it can touch a weight
+            raise FloatingPointError(f"step {self.step}: the loss is {value}, the gradient's norm {norm}; first seen in "
+                                     f"{self.first_bad_module(batch)}. The checkpoint saved before is whole; try a lower --rate")
         for optimizer in self.optimizers:
             optimizer.step()
         # The average forgets its beginning: its memory grows with the steps, up to 500 of them.
@@ -384,16 +388,22 @@ def publish(source, target):
 def train(args):
     """The whole run: resume or begin, step, save, and show at the end what came of it."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = sample.choose_device(args.device)
     if world > 1:                                                       # started by torchrun
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if world > min(stage.batch for stage in STAGES):
+            raise ValueError(f"{world} processes, but a batch of {min(stage.batch for stage in STAGES)} clips: start no more than that")
+        cuda = torch.cuda.is_available() and args.device in (None, "cuda")
+        device = sample.choose_device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
+        if cuda:
             torch.cuda.set_device(device)
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=120))
-    torch.set_float32_matmul_precision("medium")    # linear layers may round to bfloat16 (where the CPU or GPU has it)
+        distributed.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=120))
+    else:
+        device = sample.choose_device(args.device)
+    torch.set_float32_matmul_precision("medium")    # products of float32 may round to bfloat16, where the CPU or GPU has it
     settings = {name: getattr(args, name) for name in ("steps", "seed", "objects", "rate")}
     run = Run(lingen.preset("tiny", vocab_size=len(VOCABULARY)), settings, device)
     out = Path(args.out)
+    if out.suffix == ".gif":
+        raise ValueError(f"--out {out} is the checkpoint; the preview beside it ends in .gif, so choose another ending, as .pt")
     out.parent.mkdir(parents=True, exist_ok=True)
     if args.resume:
         run.restore(sample.load_checkpoint(out))
@@ -404,23 +414,27 @@ def train(args):
         if rank == 0:
             save(out, run.state())
 
+    stop = []                   # Ctrl-C waits for the end of the step: half a step would be saved under a wrong number
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True) or (len(stop) > 1 and sys.exit(130)))
     saved = time.monotonic()
     bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
     try:
-        while run.step < args.steps:
+        while run.step < args.steps and not stop:
             loss = run.advance(rank, world)
             frames = run.losses[-1][0]
-            bar.set_postfix_str(f"{frames} frame{'s' * (frames > 1)}, loss {loss:.4f}")
+            bar.set_postfix_str(f"{frames} frame{'s' * (frames > 1)}, loss {loss:.4f}", refresh=False)
             bar.update()
             if time.monotonic() - saved > args.save_every:
                 keep()
                 saved = time.monotonic()
-    except KeyboardInterrupt:
-        keep()
-        raise KeyboardInterrupt(f"stopped at step {run.step} of {args.steps}; go on with the same command and --resume") from None
     finally:
         bar.close()
+        signal.signal(signal.SIGINT, before)
+        if world > 1:
+            distributed.destroy_process_group()
     keep()
+    if stop:
+        raise KeyboardInterrupt(f"stopped at step {run.step} of {args.steps}; go on with the same command and --resume")
     if rank == 0:
         preview(run, out.with_suffix(".gif"))
         print(f"wrote {out} and {out.with_suffix('.gif')}")
@@ -450,7 +464,7 @@ def draw_examples(path):
     for row, (clip, words) in enumerate(zip([*clips, *pairs], captions + pair_captions)):
         for column, frame in enumerate(sample.to_frames(clip)[::3]):
             image.paste(Image.fromarray(frame).resize((64, 64), Image.Resampling.NEAREST), (14 + 72 * column, 12 + 76 * row))
-        pen.text((460, 44 + 76 * row), words, fill="#222222", font=font, anchor="lm")
+        pen.text((460, 44 + 76 * row), textwrap.fill(words, 72), fill="#222222", font=font, anchor="lm")
     out = io.BytesIO()
     image.save(out, "PNG")
     sample.replace_file(path, out.getvalue())
@@ -458,7 +472,7 @@ def draw_examples(path):
 
 def main(argv=None):
     parser = sample.Parser(prog="train_tiny.py", description="Train the tiny LinGen on moving shapes, from nothing, on whatever this machine has.",
-                           epilog="A stopped run goes on with --resume, bit for bit as if it had never stopped. Several processes: torchrun "
+                           epilog="A stopped run goes on with --resume, bit for bit as if it had never stopped (on the same machine, with as many threads and processes). Several processes: torchrun "
                                   "--nproc_per_node=2 train_tiny.py ...")
     add = parser.add_argument
     add("--out", default="runs/tiny.pt", help="the checkpoint (default runs/tiny.pt); a preview is written beside it")

@@ -293,7 +293,7 @@ def clips_for(model, captions, frames, options, seed, batch=16):
 
 def score(model, n, frames, options, objects=1, held_out_only=False, seed=0):
     """n captions of the toy's own wording, drawn afresh, sampled and judged: (records, summary)."""
-    generator = torch.Generator().manual_seed(10_000_019 + seed)          # no seed that training uses begins here
+    generator = torch.Generator().manual_seed(10_000_019 + seed)
     _, captions, _ = make_batch(n, 1 if frames == 1 else 2, generator, objects=objects, held_out_only=held_out_only)
     records = judge(clips_for(model, captions, frames, options, seed), captions)
     return records, summary(records)
@@ -304,7 +304,8 @@ def evaluate(path, n=100, frames=16, objects=1, device=None, seed=0):
     torch.set_float32_matmul_precision("medium")
     model, checkpoint = sample.load_model(path, sample.choose_device(device))
     model.vocabulary = checkpoint["vocabulary"]
-    options = {name: checkpoint["sampling"][name] for name in ("steps", "guidance", "schedule", "shift")}
+    options = {name: checkpoint["sampling"][name] for name in ("steps", "guidance", "schedule")}
+    options["shift"] = sample.shift_for(frames, checkpoint["sampling"])
     results = [score(model, n, frames, options, objects, held, seed) for held in (False, True)]
     seen, new = (result for _, result in results)
     print(f"{n} captions each, {frames} frames, {objects} object{'s' * (objects > 1)}, {options['steps']} steps, guidance {options['guidance']}\n")

@@ -170,7 +170,7 @@ def test_config_survives_a_round_trip_and_refuses_nonsense():
     config = LinGenConfig(**SMALL)
     assert LinGenConfig(**dataclasses.asdict(config)) == config
     assert LinGenConfig(**{**dataclasses.asdict(config), "patch": [2, 4, 4]}) == config
-    for wrong, message in ((dict(patch=(0, 4, 4)), "patch"), (dict(patch=4), "patch"), (dict(d_model=15), "d_model"), (dict(depth=0), "depth"),
+    for wrong, message in ((dict(patch=(0, 4, 4)), "patch"), (dict(patch=4), "patch"), (dict(d_model=15), "d_model"), (dict(headdim=24), "headdim"), (dict(mlp_ratio=0), "mlp_ratio"), (dict(ngroups=3), "ngroups"), (dict(depth=0), "depth"),
                            (dict(scan="diagonal"), "scan"), (dict(mixer="rnn"), "mixer"), (dict(ma=False, tesa=False), "branches"),
                            (dict(vocab_size=0), "words"), (dict(text_dim=3), "words"), (dict(nheads=3), "nheads"), (dict(backend="jax"), "backend"),
                            (dict(predicts="noise"), "predicts"), (dict(depth=2.0), "depth"), (dict(window=(2, 2, "2")), "window")):
@@ -182,7 +182,7 @@ def test_config_survives_a_round_trip_and_refuses_nonsense():
 
 @pytest.mark.parametrize("clip, t, text, message", [
     ((1, 4, 4, 16, 16), (1,), (1, 3), "clip must"), ((1, 3, 4, 16), (1,), (1, 3), "clip must"), ((1, 3, 3, 16, 16), (1,), (1, 3), "frames=3"),
-    ((1, 3, 4, 17, 16), (1,), (1, 3), "height=17"), ((1, 3, 4, 16, 2), (1,), (1, 3), "width=2"), ((1, 3, 4, 16, 16), (2,), (1, 3), "one time per clip"),
+    ((1, 3, 4, 17, 16), (1,), (1, 3), "height=17"), ((1, 3, 4, 16, 2), (1,), (1, 3), "width=2"), ((1, 3, 4, 16, 16), (2,), (1, 3), "one time per clip"), ((1, 3, 4, 2, 16), (1,), (1, 3), "height=2 must be a multiple of the patch .4.: take 4$"),
     ((1, 3, 4, 16, 16), (1,), (2, 3), "text must"), ((1, 3, 4, 16, 16), (1,), (1, 65), "65 words"), ((0, 3, 4, 16, 16), (0,), (0, 3), "clip must")])
 def test_what_does_not_fit_is_named(clip, t, text, message):
     with pytest.raises(ValueError, match=message):
@@ -193,3 +193,9 @@ def test_what_does_not_fit_is_named(clip, t, text, message):
 def test_review_tokens_refuse_what_is_no_grid(grid, pool):
     with pytest.raises(ValueError, match="grid"):
         review_tokens(grid, pool)
+
+
+@pytest.mark.parametrize("word", [-1, 10, 10**6])
+def test_unknown_word_numbers_are_named(word):
+    with pytest.raises(ValueError, match="0 ... 9"):
+        LinGen(LinGenConfig(**SMALL))(torch.zeros(1, 3, 4, 16, 16), torch.zeros(1), torch.tensor([[1, word]]))

@@ -146,7 +146,10 @@ def test_autocast_leaves_the_sums_in_float32():
     tensors, rest = draw(64, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         inside = ssd_chunked(**tensors, **rest)
-    torch.testing.assert_close(inside, ssd_chunked(**tensors, **rest))
+        gradients = torch.autograd.grad(inside.sum(), list(tensors.values()))           # backward inside autocast, too
+    outside = ssd_chunked(**tensors, **rest)
+    torch.testing.assert_close(inside, outside)
+    torch.testing.assert_close(gradients, torch.autograd.grad(outside.sum(), list(tensors.values())))
 
 
 def test_memory_and_time_are_linear_in_the_length():
@@ -224,12 +227,17 @@ def test_backends(capsys):
 
 def test_official_backend_is_called_with_both_directions(monkeypatch):
     """Our own scan in the place of mamba-ssm's: what the backend does around the kernel is right."""
-    monkeypatch.setattr(mamba2_ref, "_official_scan", lambda: (ssd_chunked, ""))
-    monkeypatch.setattr(mamba2_ref, "choose_backend", lambda backend, device: "mamba_ssm")
-    tensors, rest = draw(11, ("D", "z", "dt_bias", "dt_softplus"))
+    def kernel(*args, **options):
+        assert args[0].dtype == torch.float32                       # Triton's kernels know no float64
+        return ssd_chunked(*args, **options)
+    monkeypatch.setattr(mamba2_ref, "_official_scan", lambda: (kernel, ""))
+    monkeypatch.setattr(mamba2_ref, "choose_backend", lambda backend, device: "mamba_ssm" if backend == "auto" else backend)
+    tensors, rest = draw(11, ("D", "z", "dt_bias", "dt_softplus"), dtype=torch.float32)
     t = {name: v.detach() for name, v in tensors.items()}
     torch.testing.assert_close(ssd(**t, **rest, chunk_size=4, both=True), ssd_bidirectional(**t, **rest, chunk_size=4))
     torch.testing.assert_close(ssd(**t, **rest, chunk_size=4), ssd_chunked(**t, **rest, chunk_size=4))
+    with pytest.raises(TypeError, match="seq_idx"):
+        ssd(**t, both=True, seq_idx=torch.zeros(2, 11, dtype=torch.long))
 
 
 @pytest.mark.parametrize("change, message", [

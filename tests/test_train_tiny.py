@@ -476,7 +476,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path):
     assert kills
     wanted, got = weights(whole), weights(killed)
     assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
-    assert not list(tmp_path.glob("*.tmp*"))
+    assert not list(tmp_path.glob(".*.part"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
@@ -564,3 +564,18 @@ def test_two_processes_follow_the_curve_of_one(tmp_path):
     assert [row.wait(timeout=300) for row in rows] == [0, 0], rows[0].stderr.read()
     curve = lambda path: [loss for _, loss in torch.load(path, weights_only=True)["training"]["losses"]]
     assert curve(two) == pytest.approx(curve(one), rel=1e-3)
+
+
+def test_a_bad_gradient_never_reaches_the_weights(small):
+    run = toy.Run(lingen.preset("tiny", vocab_size=len(toy.VOCABULARY)), dict(steps=10, seed=0, objects=1, rate=2e-3), torch.device("cpu"))
+    run.advance()
+    before = {name: p.clone() for name, p in run.model.state_dict().items()}
+    run.model.patch_out.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(FloatingPointError, match="step 1: .*the backward pass"):
+        run.advance()
+    assert all(torch.equal(p, before[name]) for name, p in run.model.state_dict().items()) and run.step == 1
+
+
+def test_preview_cannot_overwrite_the_checkpoint(small, tmp_path, capsys):
+    assert toy.main(["--steps", "1", "--out", str(tmp_path / "run.gif")]) == 1
+    assert ".gif" in capsys.readouterr().err and not list(tmp_path.iterdir())
