@@ -312,6 +312,8 @@ class Run:
 
     def restore(self, checkpoint):
         saved = checkpoint.get("training", {})
+        if saved.get("step") == saved.get("steps", 0) < self.settings["steps"]:     # a finished run may be made longer
+            saved = {**saved, "steps": self.settings["steps"]}
         differs = [f"{name}: {saved.get(name)!r} there, {value!r} here" for name, value in self.settings.items() if saved.get(name) != value]
         if "model" not in saved or "optimizers" not in saved:
             raise ValueError("it was published for sampling, without what training needs; resume from the file that train_tiny.py wrote")
@@ -476,7 +478,7 @@ def main(argv=None):
                                   "--nproc_per_node=2 train_tiny.py ...")
     add = parser.add_argument
     add("--out", default="runs/tiny.pt", help="the checkpoint (default runs/tiny.pt); a preview is written beside it")
-    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--resume", action="store_true", help="go on with the run in --out; a finished one goes on if --steps is larger")
     add("--steps", type=int, default=2000, help="of all stages together (default 2000: about 15 minutes on two CPU cores)")
     add("--seed", type=int, default=0, help="of the weights and the data")
     add("--objects", type=int, choices=(1, 2), default=1, help="2: the second level, clips with two objects among those with one")

@@ -10,6 +10,7 @@ import torch
 
 import mamba2_ref
 import peers
+from mamba2_ref import Mamba2
 from test_kernel import CASES, DTYPES, build, judge, parse, run
 
 
@@ -84,3 +85,24 @@ def test_our_chunked_form_gives_what_the_peer_gives(name, spec):
     for key, value in theirs.items():
         scale = float(value.square().mean().sqrt())
         torch.testing.assert_close(ours[key], value, rtol=0, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 37])
+def test_a_layer_exchanges_weights_with_transformers(length):
+    """Weights go from their layer into ours and back, and both layers then give the same outputs and gradients."""
+    try:
+        theirs = peers.transformers_mixer(d_model=32, d_state=8, headdim=16, ngroups=1)
+    except ImportError as missing:
+        pytest.skip(str(missing))
+    torch.manual_seed(0)
+    ours = Mamba2(32, d_state=8, headdim=16)
+    theirs.load_state_dict(ours.state_dict())                   # strict: the same names and shapes
+    ours.load_state_dict(theirs.state_dict())
+    assert [tuple(p.shape) for p in ours.state_dict().values()] == [tuple(theirs.state_dict()[name].shape) for name in ours.state_dict()]
+    u = torch.randn(2, length, 32, requires_grad=True)
+    want = theirs(u)
+    want = want[0] if isinstance(want, tuple) else want
+    got = ours(u)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    weight = torch.randn_like(got)
+    torch.testing.assert_close(torch.autograd.grad(got, u, weight), torch.autograd.grad(want, u, weight), rtol=1e-4, atol=1e-5)

@@ -512,9 +512,11 @@ def test_nan_stops_with_the_step_and_the_module(small, tmp_path, capsys, monkeyp
 def test_a_run_is_not_overwritten_nor_mixed_with_another(small, tmp_path, capsys):
     out = tmp_path / "run.pt"
     assert toy.main(["--steps", "2", "--out", str(out)]) == 0
-    for args, says in ((["--steps", "2"], "--resume"), (["--steps", "3", "--resume"], "steps"), (["--steps", "2", "--seed", "1", "--resume"], "seed")):
+    for args, says in ((["--steps", "2"], "--resume"), (["--steps", "1", "--resume"], "steps"), (["--steps", "2", "--seed", "1", "--resume"], "seed")):
         assert toy.main([*args, "--out", str(out)]) == 1
         assert says in capsys.readouterr().err
+    assert toy.main(["--steps", "3", "--resume", "--out", str(out)]) == 0              # a finished run may be made longer
+    assert torch.load(out, weights_only=True)["training"]["step"] == 3
 
 
 def test_published_checkpoint_is_small_and_samples(small, tmp_path):
