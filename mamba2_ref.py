@@ -446,7 +446,7 @@ class _ChunkedScan(torch.autograd.Function):
         return dx.flatten(2, 3).to(x.dtype), ddt.flatten(2), da.flatten(2), dB, dC, dstate, None, None, None, None
 
 
-_SEGMENT = 2**19                     # numbers in the Q x Q matrices of all heads of one segment: 2 MiB in float32
+_SEGMENT = 2**18                     # numbers in the Q x Q matrices of all heads of one segment: 1 MiB in float32
 
 
 def _full_precision(device):

@@ -214,7 +214,7 @@ class Stage:
 
 # LinGen's recipe in small: pictures first, then short clips, then longer ones, each stage starting from the
 # last. Every stage costs about the same per step, since fewer frames come in larger batches.
-STAGES = (Stage(1, 64, 0.06), Stage(4, 48, 0.12), Stage(16, 16, 0.62), Stage(64, 4, 0.20))
+STAGES = (Stage(1, 64, 0.06), Stage(4, 48, 0.12), Stage(16, 16, 0.82))
 IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
 TWO_EVERY = 3           # with --objects 2, two of three steps show two objects
 DROP = 0.1              # captions taken away, so that guidance has a model without caption to compare with

@@ -78,27 +78,37 @@ def in_turn(runs, times):
 def peak_mib(name, length, chunk, backward):
     """What the scan adds to the memory of a fresh process, in MiB; None where the system does not say."""
     out = subprocess.run([sys.executable, __file__, "--peak", name, str(length), str(chunk), str(int(backward))], capture_output=True, text=True)
+    if out.returncode:
+        print(f"no peak memory: {out.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
     return json.loads(out.stdout) if out.returncode == 0 else None
 
 
+def most_memory():
+    """The most memory this process has held so far, in MiB. On Linux, getrusage would count the parent's, too."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+    except (OSError, StopIteration):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def print_peak(name, length, chunk, backward):
-    import resource
-    scan, used = scans()[name], lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    arguments = inputs(length)
+    scan, arguments = scans()[name], inputs(length)
     runner(scan, inputs(256), chunk, backward)()                 # libraries load what they need
-    before = used()
+    before = most_memory()
     runner(scan, arguments, chunk, backward)()
-    print(json.dumps(used() - before))
+    print(json.dumps(most_memory() - before))
 
 
 def peers(rows, quick):
     print("Against other plain-PyTorch scans: float32, batch 1, 8 heads of 32, one group, d_state 32; ms, MiB, ratio to ours")
     every, best = {name: scan for name, scan in scans().items() if "both" not in name}, {"ours": 32}
-    for name in every.keys() - {"ours"}:
-        by_chunk = in_turn({chunk: runner(every[name], inputs(4096), chunk, True) for chunk in (32, 64, 128)}, 3)
-        best[name] = min(by_chunk, key=by_chunk.get)
     for length in (4096, 16384) if quick else (4096, 16384, 131072):
         for backward in (False, True):
+            for name in every.keys() - {"ours"}:                # each peer at its best chunk size for this length
+                by_chunk = in_turn({chunk: runner(every[name], inputs(length), chunk, backward) for chunk in (32, 64, 128, 256)}, 1)
+                best[name] = min(by_chunk, key=by_chunk.get)
             runs = {name: runner(scan, inputs(length), best[name], backward) for name, scan in every.items()}
             taken = in_turn(runs, 3 if length > 100_000 else 9)
             peaks = {name: peak_mib(name, length, best[name], backward) for name in every}

@@ -1,7 +1,14 @@
 """Options of the kernel judge (tests/test_kernel.py), its table at the end of the run, and the root on sys.path."""
+import os
 import sys
 from pathlib import Path
 
+import torch
+
+if not torch.cuda.is_available():
+    # Without a GPU the peers' Triton kernels are interpreted. Triton asks once, when it is imported, and parts of torch
+    # import it: so this stands before any test.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 

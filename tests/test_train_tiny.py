@@ -581,3 +581,15 @@ def test_a_bad_gradient_never_reaches_the_weights(small):
 def test_preview_cannot_overwrite_the_checkpoint(small, tmp_path, capsys):
     assert toy.main(["--steps", "1", "--out", str(tmp_path / "run.gif")]) == 1
     assert ".gif" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_shipped_checkpoint_draws_what_it_is_told():
+    """Colour, size and shape of a few captions, by the judge; how often all is right stands in the README."""
+    model, checkpoint = sample.load_model(ROOT / "assets" / "tiny.pt")
+    captions = ["a small red circle moving slowly right", "a large blue square moving up quickly", "a small green triangle moving left",
+                "a large yellow cross moving slowly down and right"]
+    options = {name: checkpoint["sampling"][name] for name in ("steps", "guidance", "schedule", "shift")}
+    clips = sample.sample(model, sample.encode(captions, checkpoint["vocabulary"]), (16, 32, 32), seed=0, **options)
+    records = ruler.judge(clips, captions)
+    assert all(record["colour_ok"] and record["finite"] for record in records)
+    assert sum(record["shape_ok"] and record["size_ok"] is not False for record in records) >= 3
