@@ -479,7 +479,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--out", default="runs/tiny.pt", help="the checkpoint (default runs/tiny.pt); a preview is written beside it")
     add("--resume", action="store_true", help="go on with the run in --out; a finished one goes on if --steps is larger")
-    add("--steps", type=int, default=2000, help="of all stages together (default 2000: about 15 minutes on two CPU cores)")
+    add("--steps", type=int, default=2000, help="of all stages together (default 2000: some 20 minutes on a CPU)")
     add("--seed", type=int, default=0, help="of the weights and the data")
     add("--objects", type=int, choices=(1, 2), default=1, help="2: the second level, clips with two objects among those with one")
     add("--rate", type=float, default=2e-3, help="learning rate of both optimisers (default 0.002)")
