@@ -1,0 +1,151 @@
+"""What the scripts that check the paper's claims share: variants, models to time, tables that outlive Ctrl-C, plots."""
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import sample
+from benchmarks.speed import most_memory
+from lingen import LinGen, preset
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, ASSETS = ROOT / "benchmarks" / "results", ROOT / "assets"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")     # Okabe and Ito: for all eyes
+# Each variant changes one field of the same LinGenConfig. Table 2 and figs. 11 and 12 of the paper argue with them.
+VARIANTS = {"default": {}, "without TESA": dict(tesa=False), "without RMS": dict(scan="spatial-row"), "zigzag for RMS": dict(scan="zigzag"),
+            "without MA-branch": dict(ma=False), "without review": dict(review=False), "DiT": dict(mixer="attention")}
+
+
+# ---- models and clips ---------------------------------------------------------------------------------
+
+
+def build(name, device="cpu", dtype=torch.float32, **changes):
+    """A preset with random weights, made where it is to run, to be timed. Captions: 40 words, or embeddings."""
+    config = preset(name, **({"vocab_size": 40} if name == "tiny" else {}), **changes)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)                          # so that 4 billion numbers never stand there in float32
+    try:
+        with torch.device(device):
+            return LinGen(config).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def clip_shape(config, seconds, pixels=512):
+    """(frames, height, width) as the model takes them, at 16 frames a second: the toy's own 32 x 32 pixels, or square
+    latents, 8 times smaller than the clip along each axis."""
+    return (16 * seconds, 32, 32) if config.channels == 3 else (2 * seconds, pixels // 8, pixels // 8)
+
+
+def tokens(config, shape):
+    return (shape[0] // config.patch[0]) * (shape[1] // config.patch[1]) * (shape[2] // config.patch[2])
+
+
+def denoising_step(model, shape, batch=1):
+    """A function that runs the model once on noise of this shape, as one step of the sampler does."""
+    config, like = model.config, model.patch_in.weight
+    clip, t = like.new_empty(batch, config.channels, *shape).normal_(), like.new_full((batch,), 0.5)
+    text = (torch.ones(batch, 8, dtype=torch.long, device=like.device) if config.vocab_size
+            else like.new_empty(batch, config.text_length, config.text_dim).normal_())
+
+    def step():
+        with torch.inference_mode():
+            model(clip, t, text)
+    return step
+
+
+def seconds(run, device="cpu"):
+    """How long a call takes. A GPU is waited for; on one CPU thread it is processor time, which nobody else's work stretches."""
+    gpu = torch.device(device).type == "cuda"
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    clock = time.process_time if not gpu and torch.get_num_threads() == 1 else time.perf_counter
+    wait()
+    start = clock()
+    run()
+    wait()
+    return clock() - start
+
+
+def peak_mib(device="cpu"):
+    """The most memory so far, in MiB: of this process, or on the GPU."""
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.device(device).type == "cuda" else most_memory()
+
+
+def in_fresh_process(script, threads=None, **request):
+    """What `script --child REQUEST` prints as its last line, JSON: only in a process of its own is a peak its own."""
+    env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    run = subprocess.run([sys.executable, script, "--child", json.dumps(request)], stdout=subprocess.PIPE, text=True, env=env)
+    if run.returncode == 130:
+        raise KeyboardInterrupt
+    if run.returncode:
+        why = "the system ended it, perhaps for want of memory" if run.returncode < 0 else "see above"
+        raise ChildProcessError(f"{request} failed with exit code {run.returncode}: {why}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+# ---- tables, plots, ends ------------------------------------------------------------------------------
+
+
+class Table:
+    """Rows that are printed as they come and stand in the CSV at once: whatever ends the script, they are kept."""
+
+    def __init__(self, path, resume=False):
+        self.path, self.rows, self.printed = Path(path), [], False
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if resume and self.path.exists():
+            with open(self.path, newline="") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def add(self, **row):
+        width = {key: max(10, len(key) + 2) if i else 24 for i, key in enumerate(row)}
+        if not self.printed:
+            tqdm.write("".join(f"{key:{'>' if i else '<'}{width[key]}}" for i, key in enumerate(row)))
+            self.printed = True
+        cell = {key: "" if value is None else str(value) for key, value in row.items()}
+        tqdm.write("".join(f"{cell[key]:{'>' if i else '<'}{width[key]}}" for i, key in enumerate(row)))
+        self.rows.append(cell)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in self.rows for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        sample.replace_file(self.path, text.getvalue().encode())
+
+    def wrote(self):
+        print(f"wrote {self.path}\n")
+
+
+def plot(path, draw, panels=1):
+    """draw(*axes) on a row of panels, saved as PNG; without matplotlib a line says so, and that is all."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no plot: matplotlib is not installed")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with plt.rc_context({"axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
+                         "axes.grid": True, "grid.color": "#E5E5E5", "font.size": 9, "legend.frameon": False}):
+        figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 3.3), squeeze=False, layout="constrained")
+        draw(*axes[0])
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=110)
+        plt.close(figure)
+    sample.replace_file(path, out.getvalue())
+    print(f"wrote {path}")
+
+
+def run(main, name):
+    """main() with a plain end: one line instead of a traceback, and after Ctrl-C the finished rows are there."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; the rows that were printed are in the CSV", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(sample.complain(name, error, 1))
