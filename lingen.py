@@ -47,7 +47,7 @@ class LinGenConfig:
     vocab_size: int = 0                 # captions are word numbers 1 ... vocab_size; 0: they are embeddings instead
     text_dim: int = 0                   # width of those embeddings
     text_length: int = 64               # words at most
-    predicts: str = "clean"             # the clip behind the noise ("clean"), or "velocity" = data - noise
+    predicts: str = "clean"             # the clip behind the noise ("clean"; "pixels" if bounded), or "velocity" = data - noise
     # The transformer
     d_model: int = 128
     depth: int = 4
@@ -79,7 +79,7 @@ class LinGenConfig:
         for name in ("channels", "text_length", "d_model", "depth", "nheads", "d_state", "headdim", "ngroups", "d_conv", "chunk_size"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
-        choices = {"predicts": ("clean", "velocity"), "mixer": ("mate", "attention"), "scan": ("rotary", "zigzag", *SCANS),
+        choices = {"predicts": ("clean", "pixels", "velocity"), "mixer": ("mate", "attention"), "scan": ("rotary", "zigzag", *SCANS),
                    "backend": ("auto", "torch", "mamba_ssm")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -107,9 +107,9 @@ class LinGenConfig:
 
 
 PRESETS = {
-    # Trains in minutes on a laptop's CPU: see train_tiny.py. No position table for time: what is true of one moment
-    # of the toy world is true of all, and a clip may then be as long as one likes.
-    "tiny": dict(grid=(0, 8, 8), window=(2, 8, 8)),
+    # Trains on a laptop's CPU: see train_tiny.py. No position tables: what is true of one moment and one place of the
+    # toy world, a torus, is true of all, and a clip may then be as long as one likes.
+    "tiny": dict(grid=(0, 0, 0), window=(2, 8, 8), predicts="pixels"),
     # For one consumer GPU.
     "small": dict(channels=16, patch=(1, 2, 2), grid=(34, 16, 16), d_model=768, depth=16, nheads=12, d_state=64, headdim=64,
                   expand=2.0, text_dim=1024, text_length=256, window=(8, 4, 4), pool=(4, 4, 4), predicts="velocity", chunk_size=64),
@@ -280,7 +280,8 @@ class LinGen(nn.Module):
             t (b,): the time of each clip, in [0, 1].
             text: word numbers (b, n), integer, 0 where there is no word (all 0: the empty caption of guidance); or,
                 with config.text_dim, embeddings (b, n, text_dim).
-        Returns a clip-shaped tensor: the clean clip or the velocity, as config.predicts says.
+        Returns a clip-shaped tensor: the clean clip ("clean", or within [-1, 1] "pixels") or the velocity, as
+        config.predicts says.
         Raises ValueError where something does not fit.
         """
         self._check(clip, t, text)
@@ -299,8 +300,10 @@ class LinGen(nn.Module):
         for block in self.blocks:
             x = block(x, condition, text, mask)
         x = self.patch_out(modulate(x, *self.modulation(condition).chunk(2, -1)))
-        clip = rearrange(x, "b t h w (pt ph pw c) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
-        return clip.mean(2, keepdim=True) if still else clip
+        out = rearrange(x, "b t h w (pt ph pw c) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
+        if still:
+            out, clip = out.mean(2, keepdim=True), clip[:, :, :1]
+        return pixels(out, clip, t) if self.config.predicts == "pixels" else out
 
     def read(self, text):
         """Caption -> its words (b, 1 + n, d), the learnt "nothing" first, and the mask (b, 1 + n) of those that stand."""
@@ -333,6 +336,18 @@ class LinGen(nn.Module):
             raise ValueError(f"text must be embeddings ({len(clip)}, n, {c.text_dim}), got {tuple(text.shape)} {text.dtype}")
         if text.shape[1] > c.text_length:
             raise ValueError(f"the caption has {text.shape[1]} words, this model reads {c.text_length} at most")
+
+
+def pixels(out, clip, t):
+    """The clean clip of pixels between -1 and 1: what the network says of each, plus what the noisy pixel itself says.
+
+    Choice. Were every pixel either -1 or 1, Bayes' rule would make its mean tanh(prior + t x / (1 - t)^2): half the
+    log-odds of the two Gaussians around -t and t that x may come from. So the network need only learn the prior, from
+    all the other pixels, and none of what it sees anyway; tanh makes flat colours flat. At the soft edges of shapes,
+    which are neither -1 nor 1, certainty would be wrong: t / 2 in the denominator ends the factor at 2.
+    """
+    at = t.view(-1, 1, 1, 1, 1).to(out.dtype)
+    return torch.tanh(out + clip * at / ((1 - at) ** 2 + at / 2))
 
 
 def position_table(table, size):

@@ -18,8 +18,10 @@ Symbols: b clips, n words, c channels, t frames (and, as a number from 0 to 1, t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import errno
 import hashlib
 import io
 import json
@@ -51,8 +53,18 @@ SCHEDULES = ("uniform", "linear-quadratic", "shifted")
 # The seed ends at 32 bits because torch's generator on the CPU reads no more: seed + 2**32 would be the same
 # noise under another name. Movie Gen's schedule imitates 1000 steps, so more than that are never of use.
 LIMITS = {"frames": (int, 1, 4096), "height": (int, 1, 4096), "width": (int, 1, 4096), "steps": (int, 1, 1000),
-          "seed": (int, 0, 2**32 - 1), "scale": (int, 1, 64), "fps": (float, 1, 100), "shift": (float, 1, 100),
+          "fresh": (float, 0, 1), "seed": (int, 0, 2**32 - 1), "scale": (int, 1, 64), "fps": (float, 1, 100), "shift": (float, 1, 100),
           "guidance": (float, 0, 100)}
+
+
+# What to do about what the system says.
+ADVICE = (({errno.ENOSPC, errno.EDQUOT, errno.EFBIG}, "make room there, or take another place"),
+          ({errno.EACCES, errno.EPERM, errno.EROFS}, "take a place that you may read and write"),
+          ({errno.ENOENT}, "check the name, and make its folder first"),
+          ({errno.EISDIR}, "name a file in it"),
+          ({errno.ENOTDIR, errno.EEXIST}, "a file stands where a folder should be: take another name"),
+          ({errno.ENAMETOOLONG}, "take a shorter name"),
+          ({errno.EIO}, "the disk may be failing, or gone: take another"))
 
 
 # ---- captions ---------------------------------------------------------------------------------------------
@@ -65,10 +77,11 @@ def words(caption: str) -> list[str]:
     """
     if not isinstance(caption, str):
         raise ValueError(f"a caption is a string, not {type(caption).__name__}: {caption!a:.60}")
-    odd = re.search(r"[^\w\s.,;:!?'\"()/-]|_", caption)
+    caption = caption.lower()  # first, since it can make marks of its own, as of a capital I with a dot
+    odd = re.search(r"[^\w\s.,;:!?'\"()/-]|[_\x0b\x0c\x1c-\x1f\x85\u2028\u2029]", caption)  # the last count as spaces, too
     if odd:
         raise ValueError(f"the caption {caption!a:.60} holds the character {odd[0]!a}; write plain words")
-    found = re.findall(r"\w+", caption.lower())
+    found = re.findall(r"\w+", caption)
     if not found:
         raise ValueError(f"the caption {caption!a:.60} is empty; write a few words, as in \"a red circle moving right\"")
     return found
@@ -80,6 +93,8 @@ def encode(captions: list[str], vocabulary: list[str], limit: int = 64):
     Raises ValueError for a word that the vocabulary lacks and for a caption of more than `limit` words.
     """
     import torch
+    if isinstance(captions, (str, bytes)) or isinstance(vocabulary, (str, bytes)) or not all(isinstance(word, str) for word in vocabulary):
+        raise TypeError("captions and vocabulary are lists of strings; write encode([caption], vocabulary)")
     number = {word: i + 1 for i, word in enumerate(vocabulary)}
     rows = [words(caption) for caption in captions]
     if not rows:
@@ -139,33 +154,51 @@ def shift_for(frames: int, sampling: dict) -> float:
     return min(100.0, max(1.0, sampling.get("shift", 1.0) * math.sqrt(frames / sampling.get("frames", frames))))
 
 
-def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", shift=1.0, seed=0,
+def steps_for(frames: int, sampling: dict) -> dict:
+    """The arguments of `sample` that say how to step, for a clip of so many frames, from a checkpoint's sampling defaults."""
+    return {**{name: sampling[name] for name in ("steps", "guidance", "schedule", "fresh") if name in sampling}, "shift": shift_for(frames, sampling)}
+
+
+def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", shift=1.0, fresh=0.0, seed=0,
            progress=False, callback=None):
     """Clips for captions: (b, channels, frames, height, width) float32 in [-1, 1], on the model's device.
 
     text: (b, n) int64 from `encode`; shape: (frames, height, width); callback(step, x1), if given, sees before
     each step 0, 1, ... the clean clip that the model predicts at that time, shaped as the result.
     Clip i draws its noise from seed + i, on the CPU: a clip does not depend on its neighbours in the batch, and
-    every device starts from the same noise.
+    every device has the same noise.
+
+    fresh: how much of the noise still in the clip each step replaces by fresh noise; 0 is Euler's step. Along
+    Euler's path the first, half-blind steps decide, and what they get wrong stays wrong. Fresh noise hides the small
+    contradictions (a shape half a pixel apart from one token to the next) that the network met in no training clip,
+    and lets it decide again. Its price is variety: up to sqrt(1 - (s' / s)^2), s = (1 - t) / t before the step and
+    s' after it, the clips stay distributed as the data (that much is DDPM's step); 1 draws them to what is likeliest.
     Raises ValueError for wrong arguments, FloatingPointError if the result holds NaN or infinity.
     """
     import torch
-    check({"seed": seed, "guidance": guidance, "steps": steps, "shift": shift})
+    check({"seed": seed, "guidance": guidance, "steps": steps, "shift": shift, "fresh": fresh})
     check_shape(model.config, *shape)
     if not torch.is_tensor(text) or text.ndim != 2 or text.dtype != torch.int64 or not text.shape[0]:
         raise ValueError(f"text is {getattr(text, 'dtype', type(text))} {list(getattr(text, 'shape', []))}; "
                          "it must be (b, n) int64, as encode returns it")
+    most = getattr(model.config, "vocab_size", 0)
+    if most and text.numel() and not 0 <= text.min() <= text.max() <= most:  # a GPU would only say that it failed
+        raise ValueError(f"text holds the word numbers {text.min()} to {text.max()}; the model knows 0 to {most}")
     device = next(model.parameters()).device
     ts, b = times(steps, schedule, shift).tolist(), len(text)
-    x = torch.stack([torch.randn(model.config.channels, *shape, generator=torch.Generator().manual_seed(seed + i))
-                     for i in range(b)]).to(device)                                  # (b, c, t, h, w)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(b)]
+
+    def noise():
+        return torch.stack([torch.randn(model.config.channels, *shape, generator=g) for g in generators]).to(device)
+
+    x = noise()                                                                      # (b, c, t, h, w)
     text = text.to(device)                                                           # (b, n)
     if guidance != 1:  # an all-zero row is the empty caption
         text = torch.cat([text, torch.zeros_like(text)])                             # (2b, n)
 
     with torch.inference_mode():
         for step in tqdm(range(steps), disable=not progress, file=sys.stderr, unit="step", leave=False):
-            t, dt = ts[step], ts[step + 1] - ts[step]
+            t, later = ts[step], ts[step + 1]
             if guidance == 1:
                 out = model(x, torch.full((b,), t, device=device), text)
             else:
@@ -175,13 +208,13 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
                 out = model(torch.cat([x, x]), torch.full((2 * b,), t, device=device), text)  # (2b, c, t, h, w)
                 with_caption, without = out.chunk(2)
                 out = without + guidance * (with_caption - without)                  # (b, c, t, h, w)
-            if model.config.predicts == "clean":
-                x1, velocity = out, (out - x) / (1 - t)  # the last step starts before t = 1, and ends on x1
-            else:
-                x1, velocity = x + (1 - t) * out, out
+            x1 = x + (1 - t) * out if model.config.predicts == "velocity" else out
             if callback is not None:
                 callback(step, x1)
-            x = x + dt * velocity
+            x0 = (x - t * x1) / (1 - t)  # the noise that goes with x1; the last step starts before t = 1
+            if fresh and later < 1:
+                x0 = math.sqrt(1 - fresh * fresh) * x0 + fresh * noise()
+            x = (1 - later) * x0 + later * x1  # fresh = 0: the same as x + (later - t) * velocity, velocity = x1 - x0
     if not torch.isfinite(x).all():  # before the clamp, which would hide infinities
         raise FloatingPointError("the sampled clip holds NaN or infinity; the weights may be those of a training "
                                  "run that diverged: take an earlier checkpoint, or a lower --guidance")
@@ -220,20 +253,23 @@ def load_checkpoint(path) -> dict:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"the checkpoint {show(path)} is a folder; name the file inside it")
+    digest = hashlib.sha256()
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device may never end
+            raise OSError(errno.EINVAL, "not a file")
         file = open(path, "rb")
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise OSError(f"cannot open the checkpoint {show(path)} ({getattr(error, 'strerror', error)}); "
-                      "train one with train_tiny.py, or name another with --checkpoint") from None
-    with file:
-        digest = hashlib.sha256()
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise OSError(f"cannot read the checkpoint {show(path)} ({getattr(error, 'strerror', error)}); "
+                      "train one with train_tiny.py, or name another with --checkpoint") from None
+    with file:
         try:
             # torch.load does not look at the checksums of the archive that it reads: a flipped bit in a weight would
-            # go unnoticed. zipfile does.
+            # go unnoticed. zipfile does. Nothing in a checkpoint is compressed: what is, might unpack to any size.
             file.seek(0)
-            if zipfile.ZipFile(file).testzip():
+            archive = zipfile.ZipFile(file)
+            if any(record.compress_type for record in archive.infolist()) or archive.testzip():
                 raise zipfile.BadZipFile
             file.seek(0)
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -260,6 +296,8 @@ def load_model(path, device="cpu", backend=None):
     checkpoint = load_checkpoint(path)
     try:
         config = lingen.LinGenConfig(**checkpoint["config"])
+        if config.depth > len(checkpoint["weights"]):
+            raise ValueError(f"a depth of {config.depth} with {len(checkpoint['weights'])} weights")
         # First without memory, so that a config that does not belong to these weights costs none.
         with torch.device("meta"):
             wanted = {name: tuple(value.shape) for name, value in lingen.LinGen(config).state_dict().items()}
@@ -271,7 +309,11 @@ def load_model(path, device="cpu", backend=None):
         if len(checkpoint["vocabulary"]) != config.vocab_size or not all(isinstance(w, str) for w in checkpoint["vocabulary"]):
             raise ValueError(f"the vocabulary is not a list of {config.vocab_size} words")
         check(checkpoint["sampling"])
-    except (TypeError, ValueError, AttributeError) as error:
+        strange = [name for name, value in checkpoint["weights"].items()
+                   if value.layout != torch.strided or value.is_meta or not value.is_floating_point() or not value.isfinite().all()]
+        if strange:
+            raise ValueError(f"{strange[0]!a:.60} holds NaN or infinity, or is no plain tensor of real numbers")
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{show(path)} does not fit its own config: {error}; take one that this train_tiny.py "
                          "wrote") from None
     if backend is not None:
@@ -285,8 +327,10 @@ def load_model(path, device="cpu", backend=None):
 
 def to_frames(clip) -> np.ndarray:
     """One clip (3, t, h, w) in [-1, 1] as pictures, (t, h, w, 3) uint8. Raises ValueError for other shapes."""
-    if clip.ndim != 4 or clip.shape[0] != 3:
-        raise ValueError(f"the clip is {list(clip.shape)}; pictures are made of (3, frames, height, width)")
+    import torch
+    if not torch.is_tensor(clip) or clip.ndim != 4 or clip.shape[0] != 3 or clip.is_complex() or clip.is_meta:
+        raise ValueError(f"the clip is {type(clip).__name__} {list(getattr(clip, 'shape', []))}; "
+                         "pictures are made of a tensor (3, frames, height, width)")
     return ((clip.float().cpu() + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 3, 0).numpy().astype(np.uint8)
 
 
@@ -308,6 +352,16 @@ def sheet(frames: np.ndarray, most: int = 64, columns: int = 8, gap: int = 2) ->
     return Image.fromarray(page)
 
 
+def enlargement(ending: str, frames: int, height: int, width: int, scale: int | None = None) -> int:
+    """How many times a clip's pixels are enlarged in a file: `scale`, or what suits. ValueError where no file can hold it."""
+    check({"scale": 1 if scale is None else scale})
+    scale = scale or max(1, round((128 if ending == ".png" else 256) / max(height, width)))
+    side = max(height, width) * scale * (min(8, frames) if ending == ".png" else 1)  # a contact sheet is up to 8 x 8 frames
+    if side > 16383 and ending != ".npy":  # WebP's limit; a GIF or a sheet beyond it would fill the memory
+        raise ValueError(f"the picture would be {side} pixels high or wide; a smaller scale or size keeps it under 16384")
+    return scale
+
+
 def write_clip(path, frames: np.ndarray, *, fps: float = 16, scale: int | None = None, settings: dict | None = None):
     """Write (t, h, w, 3) uint8 as .gif, .webp (lossless), .png (contact sheet) or .npy, as the ending of `path` says.
 
@@ -318,11 +372,12 @@ def write_clip(path, frames: np.ndarray, *, fps: float = 16, scale: int | None =
     ending = Path(path).suffix.lower()
     if ending not in ENDINGS:
         raise ValueError(f"the ending of {show(path)} is {ending!a}; choose one of {' '.join(ENDINGS)}")
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.size:
-        raise ValueError(f"frames are {frames.dtype} {list(frames.shape)}; expected uint8 (t, h, w, 3)")
-    check({"fps": fps, "scale": 1 if scale is None else scale})
+    if not isinstance(frames, np.ndarray) or frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise ValueError(f"frames are {getattr(frames, 'dtype', type(frames).__name__)} {list(getattr(frames, 'shape', []))}; "
+                         "expected an array, uint8 (t, h, w, 3)")
+    scale = enlargement(ending, *frames.shape[:3], scale)
+    check({"fps": fps})
     out, note = io.BytesIO(), json.dumps(settings or {}, ensure_ascii=True)
-    scale = scale or max(1, round((128 if ending == ".png" else 256) / max(frames.shape[1:3])))
     # A frame ends at a whole tick of the format's clock. Rounding the end of each frame, not its length,
     # keeps the errors from adding up: 16 frames at 16 fps last one second though 6.25 ticks do not exist.
     tick = 10 if ending == ".gif" else 1                                              # milliseconds
@@ -352,10 +407,28 @@ def write_clip(path, frames: np.ndarray, *, fps: float = 16, scale: int | None =
     replace_file(path, out.getvalue())
 
 
+def part_of(path) -> Path:
+    """Where a file grows before it moves to `path`: in the same folder, since only there is a move one step."""
+    return Path(path).with_name(f".{Path(path).name[:50]}.part")  # 50: 200 bytes in any script, where names may have 255
+
+
+def try_place(path) -> None:
+    """OSError where no file could be written, found out by beginning one: no question to the system is as sure."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{show(path.parent)} is not an existing folder; make it first")
+    try:
+        part_of(path).touch()
+        part_of(path).unlink()
+    except OSError as error:
+        raise type(error)(error.errno, f"{error.strerror}, so nothing can be written", str(path)) from None
+
+
 def replace_file(path, data: bytes) -> None:
     """Put `data` at `path` in one move: a reader, a crash or Ctrl-C finds the old file or the new one, never half."""
-    path = Path(path)
-    part = path.with_name(f".{path.name[:200]}.part")  # same folder: only there is a move one step
+    path, part = Path(path), part_of(path)
     try:
         with open(part, "wb") as file:  # what an earlier kill has left is overwritten
             file.write(data)
@@ -369,12 +442,19 @@ def replace_file(path, data: bytes) -> None:
 
 def read_settings(path) -> dict:
     """What `write_clip` noted in a .gif, .webp or .png: caption, seed, checkpoint, settings. ValueError if nothing."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"expected the name of a file, got {type(path).__name__}")
     try:
+        if not Path(path).is_dir() and not Path(path).is_file():  # nothing, or a pipe, which might never end
+            raise FileNotFoundError
         with Image.open(path) as image:
             note = image.info.get("lingen") or image.info.get("comment") or image.getexif().get(0x010E)
-            return dict(json.loads(note))
+            note = json.loads(note)
+            return note if isinstance(note, dict) else {}[note]
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {show(path)}") from None
+    except PermissionError as error:
+        raise PermissionError(f"cannot read {show(path)}: {error.strerror}") from None
     except Exception:  # not a picture, a broken one, or somebody else's comment: the answer is the same
         raise ValueError(f"{show(path)} holds no settings of sample.py; .gif, .webp and .png written by it do") from None
 
@@ -407,8 +487,8 @@ def parse(argv):
     add = parser.add_argument
     add("captions", nargs="*", metavar="CAPTION", help='as in "a red circle moving right"; several need --out FOLDER')
     add("--captions", dest="file", help="a text file (UTF-8) with one caption a line")
-    add("--out", help="clip.gif, .webp, .png (contact sheet) or .npy (uint8, frames x height x width x 3); or a folder")
-    for name in ("frames", "height", "width", "fps", "steps", "guidance", "seed", "scale"):
+    add("--out", help="clip.gif, .webp, .png (contact sheet) or .npy (uint8, frames x height x width x 3, no settings inside); or a folder")
+    for name in ("frames", "height", "width", "fps", "steps", "guidance", "fresh", "seed", "scale"):
         kind, low, high = LIMITS[name]
         add(f"--{name}", type=kind, help=f"{low} to {high}")
     add("--schedule", choices=SCHEDULES)
@@ -423,12 +503,15 @@ def parse(argv):
     check({name: value for name, value in vars(args).items() if value is not None})
     if args.file is not None:
         try:
-            lines = Path(args.file).read_text(encoding="utf-8-sig").splitlines()
+            with open(args.file, encoding="utf-8-sig") as file:
+                text = file.read(10**6 + 1)  # a device might never end
         except OSError as error:
             raise OSError(f"cannot read {show(args.file)}: {error.strerror}") from None
         except ValueError:
             raise ValueError(f"{show(args.file)} is not text in UTF-8; write one caption a line") from None
-        args.captions += [line for line in lines if line.strip()]
+        if len(text) > 10**6:
+            raise ValueError(f"{show(args.file)} holds more than a million characters; split it")
+        args.captions += [line for line in text.split("\n") if line.strip()]
     if not args.captions:
         raise ValueError('no caption; write one, as in: python sample.py "a red circle moving right"')
     found = [words(caption) for caption in args.captions]
@@ -446,10 +529,11 @@ def parse(argv):
     for path in args.paths[:1] + ([Path(args.emerge)] if args.emerge else []):
         if path.suffix.lower() not in ENDINGS:
             raise ValueError(f"the ending of {show(path)} is {path.suffix!a}; choose one of {' '.join(ENDINGS)}")
-        if "\0" in str(path) or not path.parent.is_dir():
-            raise ValueError(f"{show(path.parent)} is not an existing folder; make it first")
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ValueError(f"{show(path)} cannot be written: it is a folder, or its folder is read-only")
+        if "\0" in str(path):
+            raise ValueError(f"{show(path)} holds a NUL character; choose another name")
+        try_place(path)
+    if args.emerge and Path(args.emerge).resolve() == args.paths[0].resolve():
+        raise ValueError(f"--emerge and --out are both {show(args.emerge)}; name two files")
     return args
 
 
@@ -472,8 +556,8 @@ def prepare(args):
     device = choose_device(args.device)
     torch.set_float32_matmul_precision("medium")  # as in training: products may round to bfloat16 where the hardware has it
     model, checkpoint = load_model(args.checkpoint, device, args.backend)
-    settings = {"frames": 16, "height": 64, "width": 64, "fps": 16, "steps": 50, "guidance": 1.0, "seed": 0,
-                "schedule": "uniform", "shift": 1.0}
+    settings = {"frames": 16, "height": 64, "width": 64, "fps": 16, "steps": 50, "guidance": 1.0, "fresh": 0.0,
+                "seed": 0, "schedule": "uniform", "shift": 1.0}
     for source in (checkpoint["sampling"], vars(args)):  # the later overrules the earlier
         settings |= {name: source[name] for name in settings if source.get(name) is not None}
     settings["shift"] = shift_for(settings["frames"], checkpoint["sampling"])
@@ -481,17 +565,12 @@ def prepare(args):
     times(settings["steps"], settings["schedule"], settings["shift"])
     if model.config.channels != 3:
         raise ValueError(f"the model makes {model.config.channels} channels; pictures are made of 3")
-    if max(settings["height"], settings["width"]) * (args.scale or 1) > 8192:
-        raise ValueError("the enlarged picture would be over 8192 pixels high or wide; take a smaller --scale")
+    shape = tuple(settings[name] for name in ("frames", "height", "width"))
+    enlargement(args.paths[0].suffix.lower(), *shape, args.scale)
     texts = [encode([c], checkpoint["vocabulary"], model.config.text_length) for c in args.captions]
-    # A computer that runs out of memory may end the process without a word, so what cannot fit is refused here: a
-    # forward pass holds at least 16 float32 numbers per token and feature at once (measured: 30).
-    tokens = math.prod(-(-settings[n] // p) for n, p in zip(("frames", "height", "width"), model.config.patch))
-    need = tokens * model.config.d_model * 4 * 16 * (1 if settings["guidance"] == 1 else 2)
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    if need > have and torch.device(device).type == "cpu":
-        raise ValueError(f"this clip needs at least {need / 2**30:.0f} GiB of memory, the computer has {have / 2**30:.0f}; "
-                         f"choose --frames, --height and --width whose product is {math.ceil(need / have)} times smaller")
+    # A computer that runs out of memory may end the process without a word, so what cannot fit is refused here.
+    if shortage := lacks_memory(model.config, shape, settings["guidance"], device, least=True):
+        raise ValueError(shortage)
     with torch.inference_mode():  # the smallest still image: a backend that is not there says so here
         model(torch.zeros(1, 3, 1, *model.config.patch[1:], device=device), torch.zeros(1, device=device), texts[0].to(device))
     return model, checkpoint, settings, texts
@@ -502,7 +581,7 @@ def run(args, model, checkpoint, settings, texts):
     import torch
     began = time.monotonic()
     shape = tuple(settings[name] for name in ("frames", "height", "width"))
-    euler = {name: settings[name] for name in ("steps", "guidance", "schedule", "shift")}
+    euler = {name: settings[name] for name in ("steps", "guidance", "schedule", "shift", "fresh")}
     ts, snapshots = times(settings["steps"], settings["schedule"], settings["shift"]).tolist(), []
     shown, columns = evenly(settings["steps"], 7), evenly(shape[0], 8)
 
@@ -512,7 +591,12 @@ def run(args, model, checkpoint, settings, texts):
 
     for i, (caption, text, path) in enumerate(zip(args.captions, texts, args.paths)):
         seed = (settings["seed"] + i) % 2**32
-        clip = sample(model, text, shape, seed=seed, progress=True, callback=keep if args.emerge else None, **euler)
+        try:
+            clip = sample(model, text, shape, seed=seed, progress=True, callback=keep if args.emerge else None, **euler)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise MemoryError(f"out of memory{asked(error)}: {lacks_memory(model.config, shape, settings['guidance'], model.nothing.device)}") from None
         note = {**settings, "caption": caption, "seed": seed, "checkpoint": checkpoint["sha256"],
                 "format": FORMAT, "torch": torch.__version__, "device": str(clip.device), "backend": model.config.backend}
         write_clip(path, to_frames(clip[0]), fps=settings["fps"], scale=args.scale, settings=note)
@@ -529,6 +613,38 @@ def run(args, model, checkpoint, settings, texts):
         unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, others KiB
         peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MiB"
     print(f"{time.monotonic() - began:.1f} s, peak memory {peak}")
+
+
+def lacks_memory(config, shape, guidance, device, least=False) -> str:
+    """How much memory a clip of this shape needs and how much smaller it would have to be; with `least`, "" if it may fit.
+
+    A forward pass holds some 30 float32 numbers per token and feature at once (measured), surely 16. Guidance doubles it.
+    """
+    import torch
+    need = math.prod(-(-size // p) for size, p in zip(shape, config.patch)) * config.d_model * 4 * (16 if least else 30) * (1 if guidance == 1 else 2)
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if torch.device(device).type == "cuda":
+        have = torch.cuda.get_device_properties(device).total_memory
+    if least and need <= have:
+        return ""
+    needs = f"{need / 2**30:.1f} GiB" if need > 2**28 else f"{need / 2**20:.2g} MiB"
+    return (f"this clip needs {'at least' if least else 'about'} {needs} of memory, of {have / 2**30:.1f} GiB in all; choose --frames, --height and --width whose "
+            f"product is {max(2, math.ceil(need / have))} times smaller{'' if guidance == 1 else ', or --guidance 1, which halves it'}, or close other programs")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Did the memory run out? Every device says it in words of its own."""
+    return (isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+            or bool(re.search("out of memory|not enough memory|t allocate memory", str(error))))
+
+
+def asked(error: BaseException) -> str:
+    """What torch says of how much it wanted, and how much was free: " (9 GiB asked for, 1 GiB free)", or ""."""
+    wanted, free = re.search(r"ried to allocate ([\d.]+) ?(\w+)", str(error)), re.search(r"of which ([\d.]+ \w+) is free", str(error))
+    if not wanted:
+        return ""
+    size = f"{int(wanted[1]) / 2**30:.2g} GiB" if wanted[2] == "bytes" and wanted[1].isdigit() else f"{wanted[1]} {wanted[2]}"
+    return f" ({size} more asked for{f', {free[1]} free' if free else ''})"
 
 
 def show(path) -> str:
@@ -557,18 +673,43 @@ def main(argv=None) -> int:
 
 def complain(program: str, error: Exception, code: int) -> int:
     """Say in one line what went wrong and return the exit code: classrooms get a sentence, not a traceback."""
+    if isinstance(error, BrokenPipeError):  # who read our output has gone, as `| head` does: nobody is left to be told
+        return 128 + 13  # what a shell reports for SIGPIPE
     message = str(error)
-    if isinstance(error, MemoryError) or re.search("out of memory|not enough memory|DefaultCPUAllocator", message):
-        message = "out of memory; ask for fewer --frames or a smaller --height and --width (half of each to begin)"
+    if out_of_memory(error):
+        message = message if isinstance(error, MemoryError) and message else (
+            f"out of memory{asked(error)}; ask for less (half of --frames, or of --height and --width, to begin), or close other programs")
     elif isinstance(error, OSError) and error.strerror:
-        message = f"{error.strerror}{f': {show(error.filename)}' if error.filename else ''}; make room there, or take another --out"
+        message = plain(error)
     elif not isinstance(error, (ValueError, OSError, FloatingPointError)):  # not a user's mistake but one in the code: say where
         place = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {message} ({os.path.basename(place.filename)}, line {place.lineno})"
-    message = " ".join(message.split())
-    print(f"{program}: error: {message[:3000]}".encode("ascii", "backslashreplace").decode(), file=sys.stderr)
+    message = re.sub("[^ -~]", lambda odd: ascii(odd[0])[1:-1], " ".join(message.split()))  # no terminal may be steered by a file
+    with contextlib.suppress(OSError):  # nobody may be listening
+        print(f"{program}: error: {message[:3000]}", file=sys.stderr)
     return code
 
 
+def plain(error: OSError) -> str:
+    """What the system said, about which file, and what to do."""
+    advice = next((words for numbers, words in ADVICE if error.errno in numbers), "try another place")
+    return f"{error.strerror}{f': {show(error.filename)}' if error.filename else ''}; {advice}"
+
+
+def command(program: str, main) -> None:
+    """End the process with main()'s exit code, once all that it printed is out: only then is it known to have arrived."""
+    try:
+        try:
+            code = main()
+        except SystemExit as end:  # --help
+            code = end.code
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        code = complain(program, error, 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end, and would say it again
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command("sample.py", main)

@@ -24,7 +24,6 @@ k windows in the grid; m tokens in a window.
 Run it: `python tesa.py` prints how far tokens hear after each layer, and draws windows, shift and mask.
 """
 
-import contextlib
 import functools
 import math
 
@@ -32,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ---------------------------------------------------------------- which tokens share a window
 
@@ -167,12 +165,13 @@ class TemporalSwinAttention(nn.Module):
 def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(e)) v over the last two axes; mask bool, True where a query may attend.
 
-    On a CPU, torch's fused kernel is made for long sequences: over a window's or a caption's few keys plain
-    products are 2 to 5 times faster, forward and backward.
+    Every query needs a key that it may attend. On a CPU, torch's fused kernel is made for long sequences: over a
+    window's or a caption's few keys plain products are 2 to 5 times faster, forward and backward.
     """
-    short = q.device.type == "cpu" and k.shape[-2] <= 256
-    with sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext():
+    if q.device.type != "cpu" or k.shape[-2] > 256:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
 
 
 def quarter_turn(x):

@@ -214,13 +214,15 @@ class Stage:
 
 # LinGen's recipe in small: pictures first, then short clips, then longer ones, each stage starting from the
 # last. Every stage costs about the same per step, since fewer frames come in larger batches.
-STAGES = (Stage(1, 64, 0.06), Stage(4, 48, 0.12), Stage(16, 16, 0.82))
+STAGES = (Stage(1, 64, 0.04), Stage(4, 48, 0.10), Stage(16, 16, 0.66), Stage(64, 4, 0.20))
 IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
+LONG_EVERY = 2          # in the last stage every second step still shows shorter clips: on long ones alone it unlearns them
 TWO_EVERY = 3           # with --objects 2, two of three steps show two objects
 DROP = 0.1              # captions taken away, so that guidance has a model without caption to compare with
 
 # What a checkpoint asks of sample.py: these are the defaults that `python sample.py` falls back to.
-SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 24, "guidance": 2.0, "schedule": "shifted", "shift": 12.0}
+SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 48, "guidance": 1.0, "schedule": "shifted", "shift": 12.0,
+            "fresh": 1.0}
 
 
 def stage_at(step, steps):
@@ -251,6 +253,8 @@ def training_batch(step, steps, seed, objects=1):
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     stage = stage_at(step, steps)
+    if stage is STAGES[-1] and step % LONG_EVERY:
+        stage = STAGES[-2]
     if stage.frames > 1 and step % IMAGES_EVERY == 0:
         stage = STAGES[0]
     several = objects if objects == 1 or step % TWO_EVERY else 1
@@ -261,14 +265,19 @@ def training_batch(step, steps, seed, objects=1):
 
 
 def flow_matching_loss(model, clips, text, t, noise):
-    """The mean squared error of the predicted clean clip at x_t = (1 - t) noise + t clip.
+    """How far the predicted clean clip at x_t = (1 - t) noise + t clip is from the clip, both in [-1, 1].
 
     Choice: the network predicts the clip, and the sampler takes the velocity from it, (clip - x_t) / (1 - t). Each
-    target gives the other, but the clip is flat and bounded where the velocity is mostly noise to be copied, and the
-    error of the velocity counts 1 / (1 - t)^2 times as much, which is to say, more where little is left to learn.
+    target gives the other, but the clip is flat and bounded where the velocity is mostly noise to be copied.
+    And the distance is the cross-entropy, with brightness from 0 to 1 read as a probability. Like the squared error it
+    is least at the mean of all clips that x_t may come from, which is what flow matching needs. But it minds a black
+    pixel that is a bit grey, as in the path that a shape has just left, where the squared error hardly does.
     """
     at = t.view(-1, 1, 1, 1, 1)
-    return F.mse_loss(model((1 - at) * noise + at * clips, t, text), clips)
+    brightness = (1 + model((1 - at) * noise + at * clips, t, text)) / 2
+    if brightness.isnan().any():        # of which the cross-entropy would complain in its own words; see Run.advance
+        return brightness.mean()
+    return F.binary_cross_entropy(brightness, (1 + clips) / 2)
 
 
 def make_optimizers(model, rate):
@@ -384,7 +393,7 @@ def publish(source, target):
     checkpoint = sample.load_checkpoint(source)
     training = {name: value for name, value in checkpoint.get("training", {}).items() if name not in ("model", "optimizers", "losses")}
     weights = {name: p.half() for name, p in checkpoint["weights"].items()}
-    save(target, {**{key: checkpoint[key] for key in ("format", "config", "vocabulary", "sampling")}, "weights": weights, "training": training})
+    save(target, {**{key: checkpoint[key] for key in ("format", "config", "vocabulary")}, "sampling": SAMPLING, "weights": weights, "training": training})
 
 
 def train(args):
@@ -449,8 +458,7 @@ def preview(run, path):
     generator = torch.Generator().manual_seed(1)
     specs = random_specs(8, generator, run.settings["objects"], held_out_only=True)
     captions = [caption(s, plain=True) for s in specs]
-    options = {name: SAMPLING[name] for name in ("steps", "guidance", "schedule", "shift")}
-    clips = sample.sample(model.eval(), sample.encode(captions, VOCABULARY), (16, 32, 32), seed=0, **options)     # (8, 3, t, h, w)
+    clips = sample.sample(model.eval(), sample.encode(captions, VOCABULARY), (16, 32, 32), **sample.steps_for(16, SAMPLING))   # (8, 3, t, h, w)
     clips = F.pad(clips, (1, 1, 1, 1), value=0.2).view(2, 4, 3, 16, 34, 34)
     clips = clips.permute(2, 3, 0, 4, 1, 5).reshape(3, 16, 68, 136)                          # two rows of four
     sample.write_clip(path, sample.to_frames(clips), fps=SAMPLING["fps"], settings={"captions": captions})

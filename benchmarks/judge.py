@@ -304,8 +304,7 @@ def evaluate(path, n=100, frames=16, objects=1, device=None, seed=0):
     torch.set_float32_matmul_precision("medium")
     model, checkpoint = sample.load_model(path, sample.choose_device(device))
     model.vocabulary = checkpoint["vocabulary"]
-    options = {name: checkpoint["sampling"][name] for name in ("steps", "guidance", "schedule")}
-    options["shift"] = sample.shift_for(frames, checkpoint["sampling"])
+    options = sample.steps_for(frames, checkpoint["sampling"])
     results = [score(model, n, frames, options, objects, held, seed) for held in (False, True)]
     seen, new = (result for _, result in results)
     print(f"{n} captions each, {frames} frames, {objects} object{'s' * (objects > 1)}, {options['steps']} steps, guidance {options['guidance']}\n")

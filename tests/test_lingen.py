@@ -1,12 +1,13 @@
 """Review tokens, MATE, the block and the whole denoiser: what reaches what, what it costs, and what is refused."""
 import dataclasses
+import math
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import lingen
-from lingen import MATE, LinGen, LinGenConfig, preset, review_tokens
+from lingen import MATE, LinGen, LinGenConfig, pixels, preset, review_tokens
 
 SMALL = dict(vocab_size=9, d_model=16, depth=4, nheads=2, d_state=4, headdim=8, chunk_size=8, grid=(2, 4, 4), patch=(2, 4, 4),
              window=(2, 2, 2), pool=(2, 2, 2))
@@ -199,3 +200,15 @@ def test_review_tokens_refuse_what_is_no_grid(grid, pool):
 def test_unknown_word_numbers_are_named(word):
     with pytest.raises(ValueError, match="0 ... 9"):
         LinGen(LinGenConfig(**SMALL))(torch.zeros(1, 3, 4, 16, 16), torch.zeros(1), torch.tensor([[1, word]]))
+
+
+def test_pixels_are_bounded_and_sure_where_bayes_is():
+    clip = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1, 1)
+    blank = torch.zeros_like(clip)
+    assert pixels(blank, clip, torch.zeros(1)).abs().max() == 0                     # pure noise says nothing
+    late = pixels(blank, clip, torch.ones(1)).flatten()
+    assert late.tolist() == pytest.approx([-math.tanh(2), 0, math.tanh(2)])          # a soft edge may stay soft
+    t, x = 0.1, 0.7                                                                  # early on, Bayes' rule for -1 or 1
+    on, off = (math.exp(-((x - t * y) ** 2) / (2 * (1 - t) ** 2)) for y in (1, -1))
+    got = pixels(blank[:, :1], torch.full((1, 1, 1, 1, 1), x), torch.tensor([t]))
+    assert got.item() == pytest.approx((on - off) / (on + off), rel=0.07)

@@ -240,6 +240,28 @@ def test_a_still_image():
     assert S.sample(Stub(lambda x, t, text: x, patch=(2, 4, 4)), TEXT, (1, 4, 4), steps=1).shape == (2, 3, 1, 4, 4)
 
 
+@pytest.mark.parametrize("fresh", [0.0, 0.6, 1.0])
+def test_fresh_noise_replaces_as_much_as_it_says(fresh):
+    clip, seen = torch.full((1, 3, 4, 32, 32), 0.5), []
+
+    def knows(x, t, text):                          # a model that knows the clip: what is left in x is pure noise
+        seen.append(((x - t * clip) / (1 - t)).flatten())
+        return clip
+    out = S.sample(Stub(knows, "clean"), TEXT[:1], (4, 32, 32), steps=5, fresh=fresh, seed=3)
+    torch.testing.assert_close(out, clip)
+    for before, after in zip(seen, seen[1:]):
+        assert after.std().item() == pytest.approx(1, abs=0.03)
+        both = torch.corrcoef(torch.stack([before, after]))[0, 1].item()
+        assert both == pytest.approx((1 - fresh**2) ** 0.5, abs=0.03)
+
+
+def test_fresh_noise_of_a_clip_does_not_depend_on_its_neighbours():
+    model = Stub(lambda x, t, text: x.roll(1, -1), "clean")
+    pair = S.sample(model, TEXT, SHAPE, steps=4, fresh=0.7, seed=5)
+    torch.testing.assert_close(S.sample(model, TEXT[1:], SHAPE, steps=4, fresh=0.7, seed=6), pair[1:], rtol=0, atol=0)
+    assert not torch.equal(S.sample(model, TEXT[1:], SHAPE, steps=4, fresh=0.7, seed=7), pair[1:])
+
+
 # ---- checkpoints ------------------------------------------------------------------------------------------
 
 def test_load(checkpoint):
@@ -529,7 +551,7 @@ WRONG = [  # arguments, what the message must say
     (["a", "--seed", "-1"], "seed is -1"),
     (["a", "--seed", str(2**32)], "seed is"),
     (["a", "--frames", "4096", "--height", "4096", "--width", "4096"], "times smaller"),
-    (["a", "--height", "1024", "--scale", "9"], "smaller --scale"),
+    (["a", "--height", "1024", "--scale", "16"], "a smaller scale"),
     (["a", "--scale", "0"], "scale is 0"),
     (["a", "--schedule", "cosine"], "invalid choice"),
     (["a", "--backend", "jax"], "invalid choice"),
@@ -543,7 +565,7 @@ WRONG = [  # arguments, what the message must say
     (["a", "--out", "clip"], "choose one of"),
     (["a", "--out", "none/c.gif"], "make it first"),
     (["a", "--out", "none/"], "make it first"),
-    (["a", "--out", "a\0.gif"], "make it first"),
+    (["a", "--out", "a\0.gif"], "NUL"),
     (["a", "--out", "folder.gif/x.gif/"], "make it first"),
     (["a", "the", "--out", "c.gif"], "make it first"),
     (["a", "the", "--emerge", "e.png"], "one caption"),
@@ -562,7 +584,7 @@ WRONG = [  # arguments, what the message must say
     (["a", "--backend", "mamba_ssm"], "mamba_ssm"),
     (["a", "--checkpoint", "."], "is a folder"),
     (["a", "--checkpoint", "binary"], "no whole checkpoint"),
-    (["a", "--checkpoint", "a\0"], "cannot open"),
+    (["a", "--checkpoint", "a\0"], "cannot read"),
     (["a", "--checkpoint", "blank.txt"], "no whole"),
     (["a", "--checkpoint", "foreign.pt"], "another program"),
 ]
@@ -592,8 +614,10 @@ def test_read_only_folder(call, tmp_path):
 
 
 @pytest.mark.parametrize("error, message", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "fewer --frames"), (MemoryError(), "fewer --frames"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "fewer --frames"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 10 GiB of which 1.50 GiB is free."),
+     "(9.00 GiB more asked for, 1.50 GiB free): this clip needs about 0.045 MiB"), (MemoryError(), "out of memory: this clip needs"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes."), "(3 GiB more"),
+    (OSError(12, "Cannot allocate memory"), "ask for less (half of --frames"),
     (RuntimeError("something\nelse"), ": something else"), (KeyError("k"), "KeyError"), (FloatingPointError("NaN"), "NaN"),
     (OSError(28, "No space left on device"), "No space left on device")])
 def test_failures_on_the_way(call, monkeypatch, error, message, tmp_path):

@@ -1,6 +1,7 @@
 """The toy world and its judge: real clips score 100 %, and each way of going wrong is seen and named."""
 
 
+import math
 import os
 import random
 import signal
@@ -436,7 +437,10 @@ def test_loss_is_that_of_the_predicted_clip(small):
         seen["x"] = x
         return torch.zeros_like(x)
     loss = toy.flow_matching_loss(model, clips, text, t, noise)
-    assert loss == pytest.approx(clips.square().mean().item(), rel=1e-5)
+    assert loss == pytest.approx(math.log(2), rel=1e-5)                 # grey everywhere, whatever the clip
+    sure = toy.flow_matching_loss(lambda x, times, words: 0.9 * clips, clips, text, t, noise).item()
+    p, y = (1 + 0.9 * clips.double()) / 2, (1 + clips.double()) / 2
+    assert sure == pytest.approx(-(y * p.log() + (1 - y) * (1 - p).log()).mean().item(), rel=1e-4) and sure < 0.1
     torch.testing.assert_close(seen["x"][1], (1 - t[1]) * noise[1] + t[1] * clips[1])
 
 
