@@ -1,12 +1,16 @@
-"""The loss of a training run, stage by stage, as CSV and picture.
+"""A training run: its loss, stage by stage, and how right its clips are, as CSV and picture.
 
-    python benchmarks/progress.py runs/tiny.pt
+    python benchmarks/progress.py runs/tiny.pt                  the loss of a run, finished or not
+    python benchmarks/progress.py runs/tiny.pt --watch          beside a run: judges it every twentieth of its steps
 
 Each stage has its own scale of loss, since longer clips are trained nearer to the noise: compare within a stage.
 """
 import argparse
 import csv
+import io
+import math
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,8 +19,10 @@ sys.path[0] = str(ROOT)
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 
 import sample  # noqa: E402
+from benchmarks.judge import score  # noqa: E402
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
+JUDGED = ("colour_ok", "shape_ok", "direction_ok", "steady", "overlap_ok", "joint")
 
 
 def smooth(losses, window=25):
@@ -30,51 +36,97 @@ def smooth(losses, window=25):
     return sorted(rows)
 
 
-def draw(rows, steps):
-    """Loss over steps, one line per number of frames, on a logarithmic axis."""
-    import math
-    s, wide, high, left, top = 2, 900, 320, 70, 40
-    image = Image.new("RGB", (s * (wide + left + 40), s * (high + top + 60)), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=14 * s)
-    low, top_loss = math.log10(min(r[2] for r in rows) * 0.9), math.log10(max(r[2] for r in rows) * 1.1)
+def watch(path, target, captions):
+    """Judge the checkpoint at `path` whenever it is a twentieth of its run further, until the run is over.
 
-    def at(step, loss):
-        return s * (left + wide * step / steps), s * (top + high * (top_loss - math.log10(loss)) / (top_loss - low))
-    for tick in (0.02, 0.05, 0.1, 0.2, 0.5):
-        if low < math.log10(tick) < top_loss:
-            pen.line([at(0, tick), at(steps, tick)], "#DDDDDD", s)
-            pen.text((s * (left - 8), at(0, tick)[1]), str(tick), "#222222", font, anchor="rm")
+    Adds a row to the CSV `target` each time, and yields. Judged is the average of the weights, by captions of
+    combinations that training never shows.
+    """
+    rows, done = read(target) if target.exists() else [], 0
+    while True:
+        model, checkpoint = sample.load_model(path, "cpu")
+        model.vocabulary, training = checkpoint["vocabulary"], checkpoint.get("training", {})
+        step, steps = training.get("step", 0), training.get("steps", 0)
+        if step >= done + steps / 20 or step == steps > done:
+            done = step
+            _, result = score(model, captions, 16, sample.steps_for(16, checkpoint["sampling"]), held_out_only=True)
+            rows = [row for row in rows if row["step"] < step] + [{"step": step, **{name: round(result[name], 4) for name in JUDGED}}]
+            text = io.StringIO()
+            table = csv.DictWriter(text, ["step", *JUDGED], lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+            sample.replace_file(target, text.getvalue().encode())
+            print(f"step {step}: " + ", ".join(f"{name.removesuffix('_ok').replace('_', ' ')} {100 * result[name]:.0f} %" for name in JUDGED), flush=True)
+            yield
+        if step >= steps:
+            return
+        time.sleep(20)
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def panel(pen, font, box, s, steps, lines, ticks, height):
+    """One diagram: lines {label: [(step, value)]} in box (left, top, wide, high); height maps a value to 0 ... 1."""
+    left, top, wide, high = box
+    at = lambda step, value: (s * (left + wide * step / steps), s * (top + high * (1 - height(value))))
+    for label, tick in ticks:
+        pen.line([at(0, tick), at(steps, tick)], "#DDDDDD", s)
+        pen.text((s * (left - 8), at(0, tick)[1]), label, "#222222", font, anchor="rm")
     for k in range(5):
-        step = steps * k // 4
-        pen.text((at(step, 1)[0], s * (top + high + 8)), str(step), "#222222", font, anchor="ma")
-    for k, frames in enumerate(sorted({r[1] for r in rows})):
-        line = [at(step, loss) for step, f, loss in rows if f == frames]
+        pen.text((s * (left + wide * k / 4), s * (top + high + 8)), str(steps * k // 4), "#222222", font, anchor="ma")
+    for k, (label, line) in enumerate(lines.items()):
+        colour, x, y = COLOURS[k % len(COLOURS)], s * (left + 110 * (k % 5)), s * (top - 38 + 20 * (k // 5))
         if len(line) > 1:
-            pen.line(line, COLOURS[k % 4], 3 * s)
-        pen.line([s * (left + 150 * k), s * 20, s * (left + 24 + 150 * k), s * 20], COLOURS[k % 4], 3 * s)
-        pen.text((s * (left + 32 + 150 * k), s * 20), f"{frames} frame{'s' * (frames > 1)}", "#222222", font, anchor="lm")
-    pen.text((s * (left + wide), s * (top + high + 30)), "step; loss (mean squared error of the predicted clip) upwards", "#222222", font, anchor="ra")
+            pen.line([at(*point) for point in line], colour, 3 * s)
+        pen.line([x, y, x + 24 * s, y], colour, 3 * s)
+        pen.text((x + 30 * s, y), label, "#222222", font, anchor="lm")
+
+
+def draw(losses, accuracy, steps):
+    """The loss per number of frames on a logarithmic axis; on the right, where there is any, the judge's shares."""
+    s = 2
+    image = Image.new("RGB", (s * (1180 if accuracy else 660), s * 380), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=14 * s)
+    low, span = math.log10(min(r[2] for r in losses) * 0.9), math.log10(max(r[2] for r in losses) / min(r[2] for r in losses) * 1.25)
+    lines = {f"{n} frame{'s' * (n > 1)}": [(step, loss) for step, f, loss in losses if f == n] for n in sorted({r[1] for r in losses})}
+    ticks = [(str(t), t) for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if low < math.log10(t) < low + span]
+    panel(pen, font, (60, 60, 540, 260), s, steps, lines, ticks, lambda loss: (math.log10(loss) - low) / span)
+    pen.text((s * 60, s * 372), "loss over steps (cross-entropy of the predicted clip)", "#222222", font, anchor="ls")
+    if accuracy:
+        lines = {name.removesuffix("_ok").replace("_", " "): [(r["step"], r[name]) for r in accuracy] for name in JUDGED}
+        panel(pen, font, (670, 60, 480, 260), s, steps, lines, [(f"{100 * t:.0f} %", t) for t in (0, 0.25, 0.5, 0.75, 1)], lambda share: share)
+        pen.text((s * 670, s * 372), "clips that are right in every frame, over steps", "#222222", font, anchor="ls")
     return image.resize((image.width // s, image.height // s), Image.Resampling.LANCZOS)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("checkpoint", help="as train_tiny.py wrote it; a published one has lost its losses")
-    parser.add_argument("--csv", default=str(ROOT / "benchmarks" / "results" / "training.csv"))
+    parser.add_argument("--watch", action="store_true", help="judge the checkpoint again and again while it is trained; see accuracy.csv")
+    parser.add_argument("--captions", type=int, default=64, help="to judge with --watch (default 64)")
+    parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="folder of training.csv and accuracy.csv")
     parser.add_argument("--out", default=str(ROOT / "assets" / "training.png"))
     args = parser.parse_args()
     try:
-        losses = sample.load_checkpoint(args.checkpoint).get("training", {}).get("losses", [])
-        rows = smooth([(step, frames, loss) for step, (frames, loss) in enumerate(losses, 1)])
-        if not rows:
-            raise ValueError(f"{args.checkpoint} holds too few losses to draw; take the file that train_tiny.py wrote")
-        Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="") as file:
-            csv.writer(file).writerows([("step", "frames", "loss"), *rows])
-        draw(rows, len(losses)).save(args.out)
+        folder = Path(args.results)
+        folder.mkdir(parents=True, exist_ok=True)
+        for _ in watch(args.checkpoint, folder / "accuracy.csv", args.captions) if args.watch else (None,):
+            training = sample.load_checkpoint(args.checkpoint).get("training", {})
+            rows = smooth([(step, frames, loss) for step, (frames, loss) in enumerate(training.get("losses", []), 1)])
+            if not rows:
+                raise ValueError(f"{args.checkpoint} holds too few losses to draw; take the file that train_tiny.py wrote")
+            with open(folder / "training.csv", "w", newline="") as file:
+                csv.writer(file).writerows([("step", "frames", "loss"), *rows])
+            accuracy = read(folder / "accuracy.csv") if (folder / "accuracy.csv").exists() else []
+            draw(rows, accuracy, training["steps"]).save(args.out)
     except (OSError, ValueError) as error:
         sys.exit(f"progress.py: error: {error}")
-    print(f"wrote {args.csv} and {args.out}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"wrote {folder / 'training.csv'} and {args.out}")
 
 
 if __name__ == "__main__":
