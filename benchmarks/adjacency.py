@@ -56,7 +56,7 @@ def draw(rows):
                     line = [float(row[f"within_{k}"]) for k in WITHIN]
                     axis.semilogx(WITHIN, line, marker="o", label=row["order"], linestyle="--" if "TESA" in row["order"] else "-")
             axis.set(title=title, xlabel="within k places", ylabel="% of pairs", ylim=(0, 103))
-        axes[0].legend()
+        axes[1].legend(loc="center left", bbox_to_anchor=(0, 0.6))
     return panels
 
 

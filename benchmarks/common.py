@@ -20,7 +20,7 @@ RESULTS, ASSETS = ROOT / "benchmarks" / "results", ROOT / "assets"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")     # Okabe and Ito: for all eyes
 # Each variant changes one field of the same LinGenConfig. Table 2 and figs. 11 and 12 of the paper argue with them.
 VARIANTS = {"default": {}, "without TESA": dict(tesa=False), "without RMS": dict(scan="spatial-row"), "zigzag for RMS": dict(scan="zigzag"),
-            "without MA-branch": dict(ma=False), "without review": dict(review=False), "DiT": dict(mixer="attention")}
+            "without MA-branch": dict(ma=False), "without review": dict(review=False)}
 
 
 # ---- models and clips ---------------------------------------------------------------------------------
@@ -96,21 +96,20 @@ def in_fresh_process(script, threads=None, **request):
 class Table:
     """Rows that are printed as they come and stand in the CSV at once: whatever ends the script, they are kept."""
 
-    def __init__(self, path, resume=False):
-        self.path, self.rows, self.printed = Path(path), [], False
+    def __init__(self, path, resume=False, quiet=False):
+        self.path, self.rows, self.quiet, self.widths = Path(path), [], quiet, None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume and self.path.exists():
             with open(self.path, newline="") as file:
                 self.rows = list(csv.DictReader(file))
 
     def add(self, **row):
-        width = {key: max(10, len(key) + 2) if i else 24 for i, key in enumerate(row)}
-        if not self.printed:
-            tqdm.write("".join(f"{key:{'>' if i else '<'}{width[key]}}" for i, key in enumerate(row)))
-            self.printed = True
-        cell = {key: "" if value is None else str(value) for key, value in row.items()}
-        tqdm.write("".join(f"{cell[key]:{'>' if i else '<'}{width[key]}}" for i, key in enumerate(row)))
-        self.rows.append(cell)
+        cells = {key: "" if value is None else str(value) for key, value in row.items()}
+        self.rows.append(cells)
+        if not self.quiet:
+            first, self.widths = not self.widths, self.widths or [max(len(key), len(text), 8) + 2 for key, text in cells.items()]
+            for texts in ([row] if first else []) + [cells.values()]:
+                tqdm.write("".join(f"{text:{'>' if i else '<'}{width}}" for i, (text, width) in enumerate(zip(texts, self.widths))))
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in self.rows for key in row)), lineterminator="\n")
         writer.writeheader()
