@@ -15,6 +15,7 @@ pixels. Places and steps are (x, y) in pixels, y pointing down; pixel i covers [
 (b, k, 5): per object the indices of colour, shape, direction, speed and size in the tables below.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import io
@@ -320,7 +321,8 @@ class Run:
                              "optimizers": [o.state_dict() for o in self.optimizers]}}
 
     def restore(self, checkpoint):
-        saved = checkpoint.get("training", {})
+        saved = checkpoint.get("training")
+        saved = saved if isinstance(saved, dict) else {}
         if saved.get("step") == saved.get("steps", 0) < self.settings["steps"]:     # a finished run may be made longer
             saved = {**saved, "steps": self.settings["steps"]}
         differs = [f"{name}: {saved.get(name)!r} there, {value!r} here" for name, value in self.settings.items() if saved.get(name) != value]
@@ -328,11 +330,15 @@ class Run:
             raise ValueError("it was published for sampling, without what training needs; resume from the file that train_tiny.py wrote")
         if differs or checkpoint["config"] != dataclasses.asdict(self.model.config) or checkpoint["vocabulary"] != list(VOCABULARY):
             raise ValueError(f"it is of another run ({'; '.join(differs) or 'another model or vocabulary'}): give the same settings, or another --out")
-        self.model.load_state_dict(saved["model"])
-        for optimizer, state in zip(self.optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
-        self.average = {name: p.to(self.device) for name, p in checkpoint["weights"].items()}
-        self.step, self.losses = saved["step"], list(saved["losses"])
+        try:
+            self.model.load_state_dict(saved["model"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            for name, p in self.average.items():
+                p.copy_(checkpoint["weights"][name])
+            self.step, self.losses = int(saved["step"]), list(saved["losses"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"it does not fit this model and its optimizers ({error!r:.200}); take another checkpoint, or begin anew with another --out") from None
 
     def advance(self, rank=0, world=1):
         """One step: data, loss, gradients, both optimisers, the average. Returns the loss of the whole batch."""
@@ -356,7 +362,7 @@ class Run:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         if not math.isfinite(value + norm):                             # before it can touch a weight
             raise FloatingPointError(f"step {self.step}: the loss is {value}, the gradient's norm {norm}; first seen in "
-                                     f"{self.first_bad_module(batch)}. The checkpoint saved before is whole; try a lower --rate")
+                                     f"{self.first_bad_module(batch)}; begin anew with a lower --rate")
         for optimizer in self.optimizers:
             optimizer.step()
         # The average forgets its beginning: its memory grows with the steps, up to 500 of them.
@@ -391,19 +397,35 @@ def save(path, state):
 def publish(source, target):
     """Cut a training checkpoint down to what sampling needs, weights in float16: a few MB that one can ship."""
     checkpoint = sample.load_checkpoint(source)
+    if os.path.isfile(target) and "optimizers" in sample.load_checkpoint(target).get("training", {}):
+        raise FileExistsError(f"{sample.show(target)} is a run that can be resumed, and would be lost; name another file")
     training = {name: value for name, value in checkpoint.get("training", {}).items() if name not in ("model", "optimizers", "losses")}
     weights = {name: p.half() for name, p in checkpoint["weights"].items()}
     save(target, {**{key: checkpoint[key] for key in ("format", "config", "vocabulary")}, "sampling": SAMPLING, "weights": weights, "training": training})
 
 
-def train(args):
-    """The whole run: resume or begin, step, save, and show at the end what came of it."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:                                                       # started by torchrun
+def say(message):
+    with contextlib.suppress(OSError):                                  # to somebody, if anybody listens
+        print(f"\ntrain_tiny.py: {message}", file=sys.stderr)
+
+
+def begin(args):
+    """All that can be wrong with a call comes out here, before the first step. Returns run, out, rank, world."""
+    world = int(os.environ.get("WORLD_SIZE", 1))                        # torchrun sets it, and RANK
+    rank = int(os.environ.get("RANK", 0)) if world > 1 else 0
+    out = Path(args.out)
+    if out.suffix.lower() == ".gif":
+        raise ValueError(f"--out {sample.show(out)} is the checkpoint; the preview beside it ends in .gif, so choose another ending, as .pt")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {sample.show(out)} is a folder; name the file in it, as tiny.pt")
+    if out.exists() and not args.resume:
+        raise FileExistsError(f"{sample.show(out)} exists; go on with it by --resume, or name another file with --out")
+    checkpoint = sample.load_checkpoint(out) if args.resume else None
+    if world > 1:
         if world > min(stage.batch for stage in STAGES):
             raise ValueError(f"{world} processes, but a batch of {min(stage.batch for stage in STAGES)} clips: start no more than that")
         cuda = torch.cuda.is_available() and args.device in (None, "cuda")
-        device = sample.choose_device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
+        device = sample.choose_device(f"cuda:{os.environ.get('LOCAL_RANK', rank)}" if cuda else "cpu")
         if cuda:
             torch.cuda.set_device(device)
         distributed.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=120))
@@ -412,43 +434,90 @@ def train(args):
     torch.set_float32_matmul_precision("medium")    # products of float32 may round to bfloat16, where the CPU or GPU has it
     settings = {name: getattr(args, name) for name in ("steps", "seed", "objects", "rate")}
     run = Run(lingen.preset("tiny", vocab_size=len(VOCABULARY)), settings, device)
-    out = Path(args.out)
-    if out.suffix == ".gif":
-        raise ValueError(f"--out {out} is the checkpoint; the preview beside it ends in .gif, so choose another ending, as .pt")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if args.resume:
-        run.restore(sample.load_checkpoint(out))
-    elif out.exists():
-        raise FileExistsError(f"{out} exists; go on with it by --resume, or name another file with --out")
+    if checkpoint:
+        run.restore(checkpoint)
+    if rank == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sample.try_place(out)
+    return run, out, rank, world
+
+
+def train(args, run, out, rank, world):
+    """Step, save, and show at the end what came of it. Returns the exit code."""
+    stop = []                   # Ctrl-C waits for the end of the step: half a step would be saved under a wrong number
+    kept = run.step if args.resume else None
+
+    def ask(number, frame):
+        if stop:
+            raise KeyboardInterrupt(f"stopped at once; {whole()}")
+        stop.append(number)
+
+    def whole():
+        return f"the checkpoint of step {kept} is whole: go on with it by --resume" if kept is not None else "nothing had been saved yet"
+
+    def stopping():             # several processes must agree, or one would wait for gradients that never come
+        if world == 1:
+            return bool(stop)
+        flag = torch.tensor([float(len(stop))], device=run.device)
+        distributed.all_reduce(flag)
+        return flag.item() > 0
 
     def keep():
+        nonlocal kept
         if rank == 0:
+            out.parent.mkdir(parents=True, exist_ok=True)               # who tidied it away did not mean us
             save(out, run.state())
+            kept = run.step
 
-    stop = []                   # Ctrl-C waits for the end of the step: half a step would be saved under a wrong number
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True) or (len(stop) > 1 and sys.exit(130)))
+    asking = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]      # Windows has fewer
+    before = {number: signal.signal(number, ask) for number in asking if signal.getsignal(number) != signal.SIG_IGN}   # nohup
     saved = time.monotonic()
-    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
+    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0 or not sys.stderr,
+               mininterval=0.5 if sys.stderr and sys.stderr.isatty() else 30)
     try:
-        while run.step < args.steps and not stop:
+        while run.step < args.steps and not stopping():
             loss = run.advance(rank, world)
             frames = run.losses[-1][0]
-            bar.set_postfix_str(f"{frames} frame{'s' * (frames > 1)}, loss {loss:.4f}", refresh=False)
-            bar.update()
+            try:
+                bar.set_postfix_str(f"{frames} frame{'s' * (frames > 1)}, loss {loss:.4f}", refresh=False)
+                bar.update()
+            except OSError:                                             # who watched has gone (a closed pipe): that stops no training
+                bar.disable = True
             if time.monotonic() - saved > args.save_every:
-                keep()
+                try:
+                    keep()
+                except OSError as error:    # to stop would lose what was learnt since the last save; to go on loses nothing if room is made
+                    say(f"step {run.step} could not be saved ({sample.plain(error)}). Training goes on and tries again in {args.save_every:.0f} s; {whole()}")
                 saved = time.monotonic()
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}, and another --out; " + ("nothing had been saved yet" if kept is None else f"the checkpoint of step {kept} stays as it was")) from None
+    except (MemoryError, RuntimeError) as error:
+        if sample.out_of_memory(error):
+            stage = stage_at(run.step, args.steps)
+            raise MemoryError(f"out of memory at step {run.step}, on {stage.batch} clips of {stage.frames} frames{sample.asked(error)}: half of `batch` in STAGES "
+                              f"takes half of it, two processes (torchrun) share it; or close other programs, or try --device cpu; {whole()}") from None
+        if world == 1:
+            raise
+        raise ChildProcessError(f"step {run.step}: another process of this run has ended, or cannot be reached ({error!s:.200}); {whole()}, in all processes") from None
     finally:
-        bar.close()
-        signal.signal(signal.SIGINT, before)
-        if world > 1:
-            distributed.destroy_process_group()
-    keep()
-    if stop:
-        raise KeyboardInterrupt(f"stopped at step {run.step} of {args.steps}; go on with the same command and --resume")
+        with contextlib.suppress(OSError):
+            bar.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if world > 1:
+        distributed.destroy_process_group()
+    try:
+        keep()
+    except OSError as error:
+        raise OSError(f"step {run.step} could not be saved ({sample.plain(error)}); {whole()}") from None
+    if stop or run.step < args.steps:
+        say(f"stopped at step {run.step} of {args.steps}; go on with the same command and --resume")
+        return 128 + (stop or [signal.SIGINT])[0]
     if rank == 0:
+        print(f"wrote {out}")
         preview(run, out.with_suffix(".gif"))
-        print(f"wrote {out} and {out.with_suffix('.gif')}")
+        print(f"wrote {out.with_suffix('.gif')}")
+    return 0
 
 
 def preview(run, path):
@@ -493,37 +562,45 @@ def main(argv=None):
     add("--rate", type=float, default=2e-3, help="learning rate of both optimisers (default 0.002)")
     add("--device", help="default: cuda, else mps, else cpu")
     add("--save-every", type=float, default=60, metavar="SECONDS", help="time between checkpoints (default 60)")
-    add("--evaluate", metavar="CHECKPOINT", help="do not train: sample clips and hold them against their captions")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--evaluate", metavar="CHECKPOINT", help="do not train: sample clips and hold them against their captions")
     add("--captions", type=int, default=100, help="how many, with --evaluate (default 100)")
     add("--frames", type=int, default=16, help="per clip, with --evaluate (default 16)")
-    add("--publish", nargs=2, metavar=("FROM", "TO"), help="do not train: cut a checkpoint down to what sampling needs")
-    add("--examples", metavar="FILE.png", help="do not train: draw examples of the data with their captions")
+    instead("--publish", nargs=2, metavar=("FROM", "TO"), help="do not train: cut a checkpoint down to what sampling needs")
+    instead("--examples", metavar="FILE.png", help="do not train: draw examples of the data with their captions")
+    wrong = 2
     try:
         args = parser.parse_args(argv)
         for name, low, high in (("steps", 1, 10**7), ("seed", 0, 2**31 - 1), ("captions", 1, 10**5), ("frames", 1, 4096), ("rate", 1e-8, 1.0), ("save_every", 0, 1e9)):
             if not low <= getattr(args, name) <= high:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {low} to {high}")
-    except ValueError as error:
-        return sample.complain("train_tiny.py", error, 2)
-    try:
         if args.evaluate:
             from benchmarks.judge import evaluate
+            sample.check_shape(sample.load_model(args.evaluate, sample.choose_device(args.device))[0].config, args.frames, 32, 32)
+            wrong = 1
             evaluate(args.evaluate, args.captions, args.frames, args.objects, args.device, args.seed)
         elif args.publish:
+            sample.try_place(args.publish[1])
             publish(*args.publish)
             print(f"wrote {args.publish[1]}, {os.path.getsize(args.publish[1]) / 1e6:.1f} MB")
         elif args.examples:
+            if not args.examples.lower().endswith(".png"):
+                raise ValueError(f"--examples writes .png, not {sample.show(args.examples)}")
+            sample.try_place(args.examples)
+            wrong = 1
             draw_examples(args.examples)
             print(f"wrote {args.examples}")
         else:
-            train(args)
+            run = begin(args)
+            wrong = 1
+            return train(args, *run)
         return 0
     except KeyboardInterrupt as stop:
-        print(f"\ntrain_tiny.py: {stop or 'interrupted'}", file=sys.stderr)
+        say(str(stop) or "interrupted")
         return 130
     except Exception as error:
-        return sample.complain("train_tiny.py", error, 1)
+        return sample.complain("train_tiny.py", error, wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sample.command("train_tiny.py", main)

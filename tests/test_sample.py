@@ -615,7 +615,7 @@ def test_read_only_folder(call, tmp_path):
 
 @pytest.mark.parametrize("error, message", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 10 GiB of which 1.50 GiB is free."),
-     "(9.00 GiB more asked for, 1.50 GiB free): this clip needs about 0.045 MiB"), (MemoryError(), "out of memory: this clip needs"),
+     "(9.00 GiB more asked for, 1.50 GiB free): this clip needs about 0.04"), (MemoryError(), "out of memory: this clip needs"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes."), "(3 GiB more"),
     (OSError(12, "Cannot allocate memory"), "ask for less (half of --frames"),
     (RuntimeError("something\nelse"), ": something else"), (KeyError("k"), "KeyError"), (FloatingPointError("NaN"), "NaN"),

@@ -517,7 +517,7 @@ def test_a_run_is_not_overwritten_nor_mixed_with_another(small, tmp_path, capsys
     out = tmp_path / "run.pt"
     assert toy.main(["--steps", "2", "--out", str(out)]) == 0
     for args, says in ((["--steps", "2"], "--resume"), (["--steps", "1", "--resume"], "steps"), (["--steps", "2", "--seed", "1", "--resume"], "seed")):
-        assert toy.main([*args, "--out", str(out)]) == 1
+        assert toy.main([*args, "--out", str(out)]) == 2
         assert says in capsys.readouterr().err
     assert toy.main(["--steps", "3", "--resume", "--out", str(out)]) == 0              # a finished run may be made longer
     assert torch.load(out, weights_only=True)["training"]["step"] == 3
@@ -530,7 +530,7 @@ def test_published_checkpoint_is_small_and_samples(small, tmp_path):
     assert toy.main(["--publish", str(out), str(small_file)]) == 0
     assert small_file.stat().st_size < 5e6
     assert sample.main(["a red circle", "--checkpoint", str(small_file), "--frames", "4", "--out", str(tmp_path / "clip.npy")]) == 0
-    assert toy.main(["--steps", "2", "--out", str(small_file), "--resume"]) == 1        # it lacks what training needs
+    assert toy.main(["--steps", "2", "--out", str(small_file), "--resume"]) == 2        # it lacks what training needs
 
 
 def test_evaluation_prints_its_table(small, tmp_path, capsys):
@@ -548,9 +548,9 @@ def test_examples_are_drawn(tmp_path):
 
 @pytest.mark.parametrize("args, code, says", [
     (["--steps", "0"], 2, "--steps"), (["--steps", "many"], 2, "steps"), (["--rate", "nan"], 2, "--rate"), (["--objects", "3"], 2, "objects"),
-    (["--seed", "-1"], 2, "--seed"), (["--nonsense"], 2, "nonsense"), (["--evaluate", "missing.pt"], 1, "missing.pt"),
-    (["--resume", "--out", "missing.pt"], 1, "missing.pt"), (["--device", "tpu"], 1, "device"), (["--publish", "missing.pt", "x.pt"], 1, "missing.pt"),
-    (["--examples", "no/such/folder.png"], 1, "No such file"), (["--save-every", "-5"], 2, "--save-every")])
+    (["--seed", "-1"], 2, "--seed"), (["--nonsense"], 2, "nonsense"), (["--evaluate", "missing.pt"], 2, "missing.pt"),
+    (["--resume", "--out", "missing.pt"], 2, "missing.pt"), (["--device", "tpu"], 2, "device"), (["--publish", "missing.pt", "x.pt"], 2, "missing.pt"),
+    (["--examples", "no/such/folder.png"], 2, "make it first"), (["--save-every", "-5"], 2, "--save-every")])
 def test_wrong_calls_get_one_line(args, code, says, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert toy.main(args) == code
@@ -583,7 +583,7 @@ def test_a_bad_gradient_never_reaches_the_weights(small):
 
 
 def test_preview_cannot_overwrite_the_checkpoint(small, tmp_path, capsys):
-    assert toy.main(["--steps", "1", "--out", str(tmp_path / "run.gif")]) == 1
+    assert toy.main(["--steps", "1", "--out", str(tmp_path / "run.gif")]) == 2
     assert ".gif" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
