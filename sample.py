@@ -67,16 +67,6 @@ ADVICE = (({errno.ENOSPC, errno.EDQUOT, errno.EFBIG}, "make room there, or take 
           ({errno.EIO}, "the disk may be failing, or gone: take another"))
 
 
-# What to do about what the system says.
-ADVICE = (({errno.ENOSPC, errno.EDQUOT, errno.EFBIG}, "make room there, or take another place"),
-          ({errno.EACCES, errno.EPERM, errno.EROFS}, "take a place that you may read and write"),
-          ({errno.ENOENT}, "check the name, and make its folder first"),
-          ({errno.EISDIR}, "name a file in it"),
-          ({errno.ENOTDIR, errno.EEXIST}, "a file stands where a folder should be: take another name"),
-          ({errno.ENAMETOOLONG}, "take a shorter name"),
-          ({errno.EIO}, "the disk may be failing, or gone: take another"))
-
-
 # ---- captions ---------------------------------------------------------------------------------------------
 
 def words(caption: str) -> list[str]:
@@ -372,16 +362,6 @@ def enlargement(ending: str, frames: int, height: int, width: int, scale: int | 
     return scale
 
 
-def enlargement(ending: str, frames: int, height: int, width: int, scale: int | None = None) -> int:
-    """How many times a clip's pixels are enlarged in a file: `scale`, or what suits. ValueError where no file can hold it."""
-    check({"scale": 1 if scale is None else scale})
-    scale = scale or max(1, round((128 if ending == ".png" else 256) / max(height, width)))
-    side = max(height, width) * scale * (min(8, frames) if ending == ".png" else 1)  # a contact sheet is up to 8 x 8 frames
-    if side > 16383 and ending != ".npy":  # WebP's limit; a GIF or a sheet beyond it would fill the memory
-        raise ValueError(f"the picture would be {side} pixels high or wide; a smaller scale or size keeps it under 16384")
-    return scale
-
-
 def write_clip(path, frames: np.ndarray, *, fps: float = 16, scale: int | None = None, settings: dict | None = None):
     """Write (t, h, w, 3) uint8 as .gif, .webp (lossless), .png (contact sheet) or .npy, as the ending of `path` says.
 
@@ -425,25 +405,6 @@ def write_clip(path, frames: np.ndarray, *, fps: float = 16, scale: int | None =
         first, *rest = (Image.fromarray(frame).resize(size, Image.Resampling.NEAREST) for frame in frames)
         first.save(out, "WEBP", append_images=rest, exif=exif, lossless=True, **options)
     replace_file(path, out.getvalue())
-
-
-def part_of(path) -> Path:
-    """Where a file grows before it moves to `path`: in the same folder, since only there is a move one step."""
-    return Path(path).with_name(f".{Path(path).name[:50]}.part")  # 50: 200 bytes in any script, where names may have 255
-
-
-def try_place(path) -> None:
-    """OSError where no file could be written, found out by beginning one: no question to the system is as sure."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{show(path.parent)} is not an existing folder; make it first")
-    try:
-        part_of(path).touch()
-        part_of(path).unlink()
-    except OSError as error:
-        raise type(error)(error.errno, f"{error.strerror}, so nothing can be written", str(path)) from None
 
 
 def part_of(path) -> Path:
@@ -652,38 +613,6 @@ def run(args, model, checkpoint, settings, texts):
         unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, others KiB
         peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.0f} MiB"
     print(f"{time.monotonic() - began:.1f} s, peak memory {peak}")
-
-
-def lacks_memory(config, shape, guidance, device, least=False) -> str:
-    """How much memory a clip of this shape needs and how much smaller it would have to be; with `least`, "" if it may fit.
-
-    A forward pass holds some 30 float32 numbers per token and feature at once (measured), surely 16. Guidance doubles it.
-    """
-    import torch
-    need = math.prod(-(-size // p) for size, p in zip(shape, config.patch)) * config.d_model * 4 * (16 if least else 30) * (1 if guidance == 1 else 2)
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    if torch.device(device).type == "cuda":
-        have = torch.cuda.get_device_properties(device).total_memory
-    if least and need <= have:
-        return ""
-    needs = f"{need / 2**30:.1f} GiB" if need > 2**28 else f"{need / 2**20:.2g} MiB"
-    return (f"this clip needs {'at least' if least else 'about'} {needs} of memory, of {have / 2**30:.1f} GiB in all; choose --frames, --height and --width whose "
-            f"product is {max(2, math.ceil(need / have))} times smaller{'' if guidance == 1 else ', or --guidance 1, which halves it'}, or close other programs")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Did the memory run out? Every device says it in words of its own."""
-    return (isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-            or bool(re.search("out of memory|not enough memory|t allocate memory", str(error))))
-
-
-def asked(error: BaseException) -> str:
-    """What torch says of how much it wanted, and how much was free: " (9 GiB asked for, 1 GiB free)", or ""."""
-    wanted, free = re.search(r"ried to allocate ([\d.]+) ?(\w+)", str(error)), re.search(r"of which ([\d.]+ \w+) is free", str(error))
-    if not wanted:
-        return ""
-    size = f"{int(wanted[1]) / 2**30:.2g} GiB" if wanted[2] == "bytes" and wanted[1].isdigit() else f"{wanted[1]} {wanted[2]}"
-    return f" ({size} more asked for{f', {free[1]} free' if free else ''})"
 
 
 def lacks_memory(config, shape, guidance, device, least=False) -> str:
