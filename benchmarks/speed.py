@@ -25,6 +25,9 @@ import torch  # noqa: E402
 from mamba2_ref import BidirectionalMamba2, Mamba2, ssd_bidirectional, ssd_chunked  # noqa: E402
 
 HEADS, HEADDIM, D_STATE = 8, 32, 32
+# glibc gives big blocks back to the system after every call, and the system then clears each page anew: long sequences
+# would be timed by that. So the timings keep memory, ours and theirs alike; `--give-back` shows the difference.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**28)}
 
 
 def inputs(length, dtype=torch.float32):
@@ -77,7 +80,8 @@ def in_turn(runs, times):
 
 def peak_mib(name, length, chunk, backward):
     """What the scan adds to the memory of a fresh process, in MiB; None where the system does not say."""
-    out = subprocess.run([sys.executable, __file__, "--peak", name, str(length), str(chunk), str(int(backward))], capture_output=True, text=True)
+    plain = {name: value for name, value in os.environ.items() if name not in KEEP_MEMORY}
+    out = subprocess.run([sys.executable, __file__, "--peak", name, str(length), str(chunk), str(int(backward))], capture_output=True, text=True, env=plain)
     if out.returncode:
         print(f"no peak memory: {out.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
     return json.loads(out.stdout) if out.returncode == 0 else None
@@ -215,12 +219,15 @@ def main():
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"which: {', '.join(TABLES)} (default all)")
     parser.add_argument("--quick", action="store_true", help="leave out the longest sequences")
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"), help="folder of the CSV files")
+    parser.add_argument("--give-back", action="store_true", help="let glibc give memory back after each call (Linux); slower")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         return print_peak(args.peak[0], *map(int, args.peak[1:]))
     if unknown := set(args.tables) - set(TABLES):
         parser.error(f"there is no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
+    if sys.platform == "linux" and not args.give_back and KEEP_MEMORY.items() - os.environ.items():     # read as a process begins
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
     os.makedirs(args.out, exist_ok=True)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}\n")
     for table in args.tables or TABLES:
