@@ -21,6 +21,8 @@ self-attention in its place: with mixer="attention" the same file is the DiT tha
 import argparse
 import dataclasses
 import math
+import os
+import signal
 import sys
 
 import torch
@@ -31,6 +33,9 @@ from torch import nn
 from mamba2_ref import BidirectionalMamba2
 from scan import SCANS, to_grid, to_sequence
 from tesa import TemporalSwinAttention, attend
+
+
+MOST = 2**17        # of anything: far more than any model has, and a slip of the finger is refused before memory is asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +78,24 @@ class LinGenConfig:
     def __post_init__(self):
         for name, least in (("patch", 1), ("grid", 0), ("pool", 1), ("window", 1)):
             value = getattr(self, name)
-            if not isinstance(value, (tuple, list)) or len(value) != 3 or any(type(v) is not int or v < least for v in value):
-                raise ValueError(f"{name} must be three whole numbers (t, h, w) of at least {least}, got {value!r}")
+            if not isinstance(value, (tuple, list)) or len(value) != 3 or any(type(v) is not int or not least <= v <= MOST for v in value):
+                raise ValueError(f"{name} must be three whole numbers (t, h, w) from {least} to {MOST}, got {value!r:.60}")
             object.__setattr__(self, name, tuple(value))
-        for name in ("channels", "text_length", "d_model", "depth", "nheads", "d_state", "headdim", "ngroups", "d_conv", "chunk_size"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        for name in ("channels", "text_length", "d_model", "depth", "nheads", "d_state", "headdim", "ngroups", "d_conv", "chunk_size", "vocab_size", "text_dim"):
+            value, least = getattr(self, name), 0 if name in ("vocab_size", "text_dim") else 1
+            if type(value) is not int or not least <= value <= MOST:
+                raise ValueError(f"{name} must be a whole number from {least} to {MOST}, got {value!r:.60}")
+        for name in ("mlp_ratio", "expand"):
+            if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) <= 1000:
+                raise ValueError(f"{name} must be a number above 0, 1000 at most, got {getattr(self, name)!r:.60}")
+        for name in ("ma", "tesa", "review"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r:.60}")
         choices = {"predicts": ("clean", "pixels", "velocity"), "mixer": ("mate", "attention"), "scan": ("rotary", "zigzag", *SCANS),
                    "backend": ("auto", "torch", "mamba_ssm")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r:.60}")
         if self.d_model % self.nheads:
             raise ValueError(f"d_model must be a multiple of nheads, got d_model={self.d_model}, nheads={self.nheads}")
         if not self.mlp_ratio * self.d_model >= 1 or not self.expand * self.d_model >= 1 or int(self.expand * self.d_model) % self.headdim:
@@ -136,14 +148,21 @@ def review_tokens(grid, pool):
     that the grid's edge cuts is averaged over the tokens it has. Raises ValueError for what is no grid or no pool.
     """
     pool = (pool,) * 3 if isinstance(pool, int) else tuple(pool)
-    if grid.dim() != 5 or len(pool) != 3 or min(pool) < 1:
-        raise ValueError(f"expected a grid (b, t, h, w, d) and a pool of three numbers of at least 1, got {tuple(grid.shape)} and {pool}")
+    if not isinstance(grid, torch.Tensor) or grid.dim() != 5 or 0 in grid.shape or not grid.is_floating_point():
+        raise ValueError(f"expected a grid (b, t, h, w, d) of floating-point numbers, got {_what(grid)}")
+    if len(pool) != 3 or any(not isinstance(p, int) or p < 1 for p in pool):
+        raise ValueError(f"expected a pool of three whole numbers of at least 1, got {pool!r:.60}")
     pool = tuple(min(size, p) for size, p in zip(grid.shape[1:4], pool))
     if any(size % p for size, p in zip(grid.shape[1:4], pool)):
         pooled = F.avg_pool3d(grid.permute(0, 4, 1, 2, 3), pool, ceil_mode=True, count_include_pad=False)
         return pooled.permute(0, 2, 3, 4, 1)
     b, t, h, w, d = grid.shape
     return grid.reshape(b, t // pool[0], pool[0], h // pool[1], pool[1], w // pool[2], pool[2], d).mean((2, 4, 6))
+
+
+def _what(x):
+    """What came in, for a message: (2, 3) torch.float32 on cpu, or the type of what is no tensor."""
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
 
 
 class MATE(nn.Module):
@@ -318,22 +337,27 @@ class LinGen(nn.Module):
         return words, mask
 
     def _check(self, clip, t, text):
-        c = self.config
-        if clip.dim() != 5 or clip.shape[1] != c.channels or not clip.is_floating_point() or 0 in clip.shape:
-            raise ValueError(f"clip must be floating point (batch, {c.channels}, frames, height, width), got {tuple(clip.shape)} {clip.dtype}")
+        c, weight = self.config, self.patch_in.weight
+        if not isinstance(clip, torch.Tensor) or clip.dim() != 5 or clip.shape[1] != c.channels or not clip.is_floating_point() or 0 in clip.shape:
+            raise ValueError(f"clip must be floating point (batch, {c.channels}, frames, height, width), got {_what(clip)}")
+        autocast = clip.device.type != "meta" and torch.is_autocast_enabled(clip.device.type)
+        if clip.dtype != weight.dtype and not autocast:
+            raise ValueError(f"clip is {clip.dtype}, the model's weights are {weight.dtype}: convert one with .to(...), or use torch.autocast")
         for name, size, p in zip(("frames", "height", "width"), clip.shape[2:], c.patch):
             if size % p and not (name == "frames" and size == 1):
                 raise ValueError(f"{name}={size} must be a multiple of the patch ({p}){' or 1, a still image' if name == 'frames' else ''}: "
                                  f"take {f'{size // p * p} or ' if size > p else ''}{(size // p + 1) * p}")
-        if t.shape != clip.shape[:1] or not t.is_floating_point():
-            raise ValueError(f"t must be floating point, one time per clip ({len(clip)},), got {tuple(t.shape)} {t.dtype}")
+        if not isinstance(t, torch.Tensor) or t.shape != clip.shape[:1] or not t.is_floating_point():
+            raise ValueError(f"t must be floating point, one time per clip ({len(clip)},), got {_what(t)}")
+        if not isinstance(text, torch.Tensor) or not clip.device == t.device == text.device == weight.device:
+            raise ValueError(f"clip, t, text and the model must be tensors on one device, got {_what(clip)}, {_what(t)}, {_what(text)}, and the model on {weight.device}")
         if c.vocab_size:
-            if text.dim() != 2 or len(text) != len(clip) or text.is_floating_point() or text.is_complex() or text.dtype == torch.bool:
-                raise ValueError(f"text must be word numbers ({len(clip)}, n), integer, got {tuple(text.shape)} {text.dtype}")
+            if text.dim() != 2 or len(text) != len(clip) or text.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"text must be word numbers ({len(clip)}, n), int64 or int32, got {_what(text)}")
             if text.device.type == "cpu" and text.numel() and not 0 <= text.min() <= text.max() <= c.vocab_size:
                 raise ValueError(f"word numbers must lie in 0 ... {c.vocab_size}, got {text.min()} to {text.max()}")
         elif text.dim() != 3 or len(text) != len(clip) or text.shape[2] != c.text_dim or not text.is_floating_point():
-            raise ValueError(f"text must be embeddings ({len(clip)}, n, {c.text_dim}), got {tuple(text.shape)} {text.dtype}")
+            raise ValueError(f"text must be embeddings ({len(clip)}, n, {c.text_dim}), got {_what(text)}")
         if text.shape[1] > c.text_length:
             raise ValueError(f"the caption has {text.shape[1]} words, this model reads {c.text_length} at most")
 
@@ -403,60 +427,8 @@ def describe(config, frames, height, width, words=8):
     return rows + [(f"whole model ({config.depth} blocks)", tuple(out.shape), count(model), whole.get_total_flops() // 2)]
 
 
-def draw_block():
-    """Fig. 2 as a PIL image: the block, and MATE inside it."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    s, ink = 2, "#222222"
-    image = Image.new("RGB", (s * 900, s * 430), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=14 * s)
-
-    def box(x, y, wide, high, words, fill):
-        pen.rounded_rectangle([s * x, s * y, s * (x + wide), s * (y + high)], 8 * s, fill, ink, s)
-        pen.multiline_text((s * (x + wide / 2), s * (y + high / 2)), words, ink, font, anchor="mm", align="center", spacing=4 * s)
-
-    def arrow(*points):
-        pen.line([(s * x, s * y) for x, y in points], ink, 2 * s)
-        (x0, y0), (x, y) = points[-2:]
-        dx, dy = (x > x0) - (x < x0), (y > y0) - (y < y0)
-        pen.polygon([(s * (x + a * dx + c * dy), s * (y + a * dy + c * dx)) for a, c in ((0, 0), (-9, 5), (-9, -5))], ink)
-
-    def say(x, y, words, anchor="lm"):
-        pen.text((s * x, s * y), words, ink, font, anchor=anchor)
-
-    blue, orange, green, grey = "#BFDCEC", "#F9E7BF", "#BFE7DC", "#EEEEEE"
-    say(20, 20, "one block of LinGen")
-    for y, words, fill in ((50, "norm, modulated by time\nMATE\ngate", blue), (170, "norm\ncross-attention\nto the caption", grey),
-                           (290, "norm, modulated by time\nfeed-forward\ngate", grey)):
-        box(70, y, 230, 76, words, fill)
-        arrow((40, y + 38), (70, y + 38))
-        arrow((300, y + 38), (330, y + 38), (330, y + 98), (48, y + 98))
-        pen.ellipse([s * 33, s * (y + 91), s * 47, s * (y + 105)], "white", ink, s)
-        say(40, y + 98, "+", "mm")
-    arrow((40, 40), (40, 415))
-    say(390, 20, "MATE: two branches of linear cost, added")
-    say(390, 48, "MA-branch: short to long range")
-    box(390, 66, 150, 66, "flatten the grid:\nRotary Major Scan\n(order = layer mod 4)", orange)
-    box(565, 66, 150, 66, "review tokens in\nfront and behind\n(pooled overview)", orange)
-    box(740, 66, 140, 66, "Mamba2 from the\nleft + Mamba2\nfrom the right", orange)
-    arrow((540, 99), (565, 99))
-    arrow((715, 99), (740, 99))
-    say(390, 178, "TE-branch: near in space, medium in time")
-    box(390, 196, 150, 66, "cut into windows,\nshifted in every\nsecond layer", green)
-    box(565, 196, 315, 66, "softmax attention inside each window (TESA)", green)
-    arrow((540, 229), (565, 229))
-    arrow((810, 132), (810, 160), (895, 160), (895, 320), (660, 320))
-    arrow((722, 262), (722, 292), (650, 292), (650, 312))
-    pen.ellipse([s * 641, s * 311, s * 659, s * 329], "white", ink, s)
-    say(650, 320, "+", "mm")
-    arrow((641, 320), (560, 320))
-    say(550, 320, "back to the grid (t, h, w)", "rm")
-    say(390, 366, "Take a part out or swap it by one field of LinGenConfig:")
-    say(390, 388, "mixer, ma, tesa, review, scan, window, pool, backend")
-    return image.resize((900, 430), Image.Resampling.LANCZOS)
-
-
 def main():
+    from benchmarks import pictures
     parser = argparse.ArgumentParser(description="The shapes that flow through LinGen, its parameters and its operations, part by part (fig. 2).")
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--mixer", choices=("mate", "attention"), default="mate", help="attention: the DiT that the paper compares with")
@@ -468,6 +440,8 @@ def main():
     size = args.size or [p * (g or 4) for p, g in zip(config.patch, config.grid)]
     if not 1 <= min(size) <= max(size) <= 10**5:
         parser.error(f"--size {' '.join(map(str, size))}: 1 to 100000 along an axis")
+    if not args.out.endswith(".png") or os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(args.out) or "."):
+        parser.error(f"--out {args.out}: expected the name of a .png in a folder that exists")
     try:
         rows = describe(config, *size)
     except ValueError as error:
@@ -477,11 +451,13 @@ def main():
     for name, shape, parameters, products in rows:
         print(f"{name:26} {str(shape):26} {parameters:>14,} {products / 1e6:>24,.1f}")
     try:
-        draw_block().save(args.out)
-    except (OSError, ValueError) as error:
+        pictures.lingen_block().save(args.out)
+    except OSError as error:
         sys.exit(f"cannot write {args.out}: {error}")
     print(f"\nwrote {args.out}")
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends this as it ends other tools, without a word
     main()

@@ -24,6 +24,8 @@ import argparse
 import contextlib
 import functools
 import math
+import os
+import signal
 import sys
 
 import torch
@@ -504,6 +506,9 @@ def _chunked(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx,
 # --- Backends: whose scan runs -------------------------------------------------------------------------------
 
 
+BACKENDS = ("torch", "mamba_ssm", "auto")
+
+
 @functools.lru_cache(None)
 def _official_scan():
     """mamba-ssm's Triton scan, or the reason why it cannot be had."""
@@ -526,7 +531,7 @@ def choose_backend(backend, device):
     """
     if backend == "torch":
         return "torch"
-    if backend not in ("mamba_ssm", "auto"):
+    if backend not in BACKENDS:
         raise ValueError(f'backend must be "torch", "mamba_ssm" or "auto", got {backend!r}')
     on_gpu = torch.device(device).type == "cuda"
     scan, why = _official_scan() if on_gpu or backend == "mamba_ssm" else (None, "")
@@ -590,6 +595,11 @@ class Mamba2(nn.Module):
                  dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4, dt_limit=(0.0, INF), bias=False, conv_bias=True,
                  chunk_size=32, backend="auto"):
         super().__init__()
+        for name, value in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv), ("headdim", headdim), ("ngroups", ngroups), ("chunk_size", chunk_size)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r:.60}")
+        if not 0 < expand < INF or backend not in BACKENDS:
+            raise ValueError(f"expand must be a number above 0, backend one of {', '.join(BACKENDS)}: got {expand!r:.60} and {backend!r:.60}")
         d_inner = int(expand * d_model)
         if d_inner < 1 or d_inner % headdim:
             raise ValueError(f"expand * d_model must be a multiple of headdim: got {expand} * {d_model} = {d_inner} and headdim={headdim}")
@@ -610,8 +620,12 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
     def forward(self, u, seq_idx=None):
-        if u.dim() != 3 or u.shape[-1] != self.d_model:
-            raise ValueError(f"expected tokens (batch, length, d_model={self.d_model}), got {tuple(u.shape)}")
+        if not isinstance(u, torch.Tensor) or u.dim() != 3 or u.shape[-1] != self.d_model:
+            raise ValueError(f"expected tokens (batch, length, d_model={self.d_model}), got {tuple(u.shape) if isinstance(u, torch.Tensor) else type(u).__name__}")
+        weight = self.in_proj.weight
+        autocast = u.device.type != "meta" and torch.is_autocast_enabled(u.device.type)         # which mends the dtype
+        if u.device != weight.device or (u.dtype != weight.dtype and not autocast):
+            raise ValueError(f"the tokens are {u.dtype} on {u.device}, the weights {weight.dtype} on {weight.device}: move or convert one with .to(...)")
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.d_inner + 2 * self.ngroups * self.d_state, self.nheads], -1)
         xBC = F.silu(self._convolve(xBC, seq_idx))
         x, B, C = xBC.split([self.d_inner, *[self.ngroups * self.d_state] * 2], -1)
@@ -655,48 +669,19 @@ class BidirectionalMamba2(Mamba2):
         return super().forward(u)
 
 
-# --- The demonstration: the forms agree, and what they look like ---------------------------------------------
-
-
-def attention_maps(l=48, seed=0):
-    """(L, one direction, both): the decay matrix of one head and the maps by which x turns into y, each (l, l).
-
-    The maps are read off the scan itself: column j is the answer to an impulse at token j.
-    """
-    make = torch.Generator().manual_seed(seed)
-    dt, A = 0.02 + 0.3 * torch.rand(1, l, 1, generator=make), -torch.ones(1)
-    B = 0.5 + torch.rand(1, l, 1, 8, generator=make)                # answers and questions that vary from token to token
-    C = 0.5 + torch.rand(1, l, 1, 8, generator=make)
-    impulses = torch.eye(l)[None, :, None]                                  # (1, l, 1, p = l): one impulse per channel
-    one, both = (scan(impulses, dt, A, B, C)[0, :, 0] for scan in (ssd_chunked, ssd_bidirectional))
-    return segment_sums((dt * A)[0, :, 0]).exp(), one, both
-
-
-def draw(maps, titles):
-    """Matrices as a PIL image, white to blue, the rows being the tokens that read."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    side, gap, font = 320, 24, ImageFont.load_default(size=14)
-    image = Image.new("RGB", (gap + len(maps) * (side + gap), side + 84), "white")
-    pen = ImageDraw.Draw(image)
-    for k, (values, title) in enumerate(zip(maps, titles)):
-        shade = (values / values.max()).clamp(0, 1).pow(0.6)[..., None]             # the power lifts what is faint
-        pixels = (255 + shade * (torch.tensor([0x00, 0x72, 0xB2]) - 255)).byte().numpy()
-        left = gap + k * (side + gap)
-        image.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (left, 40))
-        pen.rectangle([left, 40, left + side, 40 + side], outline="#222222")
-        pen.text((left, 14), title, font=font, fill="#222222")
-    pen.text((gap, side + 52), "row: the token that reads     column: the token that is read     white 0, blue the largest", font=font, fill="#222222")
-    return image
+# --- The demonstration: the forms agree ------------------------------------------------------------------------
 
 
 def main():
+    from benchmarks import pictures
     parser = argparse.ArgumentParser(description="Three forms of one scan: how well they agree, and what they look like (LinGen fig. 3).")
     parser.add_argument("--length", type=int, default=300, help="tokens to compare the forms on (default 300)")
     parser.add_argument("--out", default="mamba2_maps.png", help="the picture (default mamba2_maps.png)")
     args = parser.parse_args()
     if not 1 <= args.length <= 4096:
         parser.error(f"--length {args.length}: choose 1 to 4096; the recurrence walks token by token")
+    if not args.out.endswith(".png") or os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(args.out) or "."):
+        parser.error(f"--out {args.out}: expected the name of a .png in a folder that exists")
     torch.manual_seed(0)
     b, l, h, p, g, n = 1, args.length, 4, 16, 1, 16
     inputs = dict(x=torch.randn(b, l, h, p), dt=torch.rand(b, l, h), A=-torch.rand(h), B=torch.randn(b, l, g, n), C=torch.randn(b, l, g, n))
@@ -710,11 +695,13 @@ def main():
             errors.append(((y - judge).square().mean() / judge.square().mean()).sqrt().item())
         print(f"{name:15} {errors[0]:.1e}    {errors[1]:.1e}")
     try:
-        draw(attention_maps(), ("L: what one head has not forgotten", "one direction: L o C B^T", "both directions")).save(args.out)
-    except (OSError, ValueError) as error:
+        pictures.mamba2_maps().save(args.out)
+    except OSError as error:
         sys.exit(f"cannot write {args.out}: {error}")
     print(f"\nwrote {args.out}")
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends this as it ends other tools, without a word
     main()

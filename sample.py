@@ -10,7 +10,7 @@ nothing but following it from t = 0 (noise) to t = 1 (a clip) in finite steps. I
     times                      where the steps stop                           (steps + 1,)
     sample                     the steps themselves                           (b, c, t, h, w) in [-1, 1]
     load_checkpoint, load_model
-    to_frames, write_clip, read_settings, draw_emerging                       (frames, height, width, 3) uint8
+    to_frames, write_clip, read_settings                                      (frames, height, width, 3) uint8
     main                       the command line
 
 Symbols: b clips, n words, c channels, t frames (and, as a number from 0 to 1, the time of the flow).
@@ -35,7 +35,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 try:
@@ -176,6 +176,8 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     Raises ValueError for wrong arguments, FloatingPointError if the result holds NaN or infinity.
     """
     import torch
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; load_model makes one from a checkpoint")
     check({"seed": seed, "guidance": guidance, "steps": steps, "shift": shift, "fresh": fresh})
     check_shape(model.config, *shape)
     if not torch.is_tensor(text) or text.ndim != 2 or text.dtype != torch.int64 or not text.shape[0]:
@@ -296,11 +298,21 @@ def load_model(path, device="cpu", backend=None):
     checkpoint = load_checkpoint(path)
     try:
         config = lingen.LinGenConfig(**checkpoint["config"])
-        if config.depth > len(checkpoint["weights"]):
-            raise ValueError(f"a depth of {config.depth} with {len(checkpoint['weights'])} weights")
-        # First without memory, so that a config that does not belong to these weights costs none.
-        with torch.device("meta"):
-            wanted = {name: tuple(value.shape) for name, value in lingen.LinGen(config).state_dict().items()}
+        strange = [name for name, value in checkpoint["weights"].items()
+                   if value.layout != torch.strided or value.is_meta or not value.is_floating_point() or not value.isfinite().all()]
+        if strange:
+            raise ValueError(f"{strange[0]!a:.60} holds NaN or infinity, or is no plain tensor of real numbers")
+        # A config that does not belong to these weights must cost no memory: any model has more parameters than this.
+        d, inner = config.d_model, (int(config.expand * config.d_model) + 2 * config.ngroups * config.d_state) * (config.ma and config.mixer == "mate")
+        least = d * (config.channels * math.prod(config.patch) + sum(config.grid) + config.vocab_size + config.text_dim
+                     + config.depth * (d + int(config.mlp_ratio * d) + inner))
+        held = sum(value.numel() for value in checkpoint["weights"].values())
+        if held < least:
+            raise ValueError(f"{held:,} weights, where it has over {least:,}")
+        if backend is not None:
+            config = dataclasses.replace(config, backend=backend)
+        model = lingen.LinGen(config)
+        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         got = {name: tuple(value.shape) for name, value in checkpoint["weights"].items()}
         wrong = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
         if wrong:
@@ -309,16 +321,9 @@ def load_model(path, device="cpu", backend=None):
         if len(checkpoint["vocabulary"]) != config.vocab_size or not all(isinstance(w, str) for w in checkpoint["vocabulary"]):
             raise ValueError(f"the vocabulary is not a list of {config.vocab_size} words")
         check(checkpoint["sampling"])
-        strange = [name for name, value in checkpoint["weights"].items()
-                   if value.layout != torch.strided or value.is_meta or not value.is_floating_point() or not value.isfinite().all()]
-        if strange:
-            raise ValueError(f"{strange[0]!a:.60} holds NaN or infinity, or is no plain tensor of real numbers")
     except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{show(path)} does not fit its own config: {error}; take one that this train_tiny.py "
                          "wrote") from None
-    if backend is not None:
-        config = dataclasses.replace(config, backend=backend)  # a wrong backend speaks for itself
-    model = lingen.LinGen(config)
     model.load_state_dict(checkpoint["weights"])  # float16 in the file becomes the float32 of the model
     return model.eval().to(device), checkpoint
 
@@ -459,20 +464,6 @@ def read_settings(path) -> dict:
         raise ValueError(f"{show(path)} holds no settings of sample.py; .gif, .webp and .png written by it do") from None
 
 
-def draw_emerging(snapshots: list, scale: int = 2) -> Image.Image:
-    """A clip emerging from noise: one row for each (label, frames (t, h, w, 3) uint8), on white."""
-    font = ImageFont.load_default(size=14)
-    rows = [sheet(f.repeat(scale, 1).repeat(scale, 2), columns=len(f), gap=4) for _, f in snapshots]
-    labels = 8 + max(math.ceil(font.getlength(label)) for label, _ in snapshots)
-    high = max(rows[0].height, 20) + 4
-    page = Image.new("RGB", (labels + rows[0].width + 8, high * len(rows) + 12), "white")
-    draw = ImageDraw.Draw(page)
-    for i, (label, _) in enumerate(snapshots):
-        draw.text((6, 8 + i * high + high // 2), label, fill="#222222", font=font, anchor="lm")
-        page.paste(rows[i], (labels + 4, 8 + i * high))
-    return page
-
-
 # ---- command line -----------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
@@ -602,8 +593,9 @@ def run(args, model, checkpoint, settings, texts):
         write_clip(path, to_frames(clip[0]), fps=settings["fps"], scale=args.scale, settings=note)
         print(f"wrote {show(path)}: {caption!a}, seed {seed}")
     if args.emerge:
+        from benchmarks import pictures
         out = io.BytesIO()
-        draw_emerging(snapshots, max(1, 96 // max(shape[1:]))).save(out, "PNG")
+        pictures.emerging(snapshots, max(1, 96 // max(shape[1:]))).save(out, "PNG")
         replace_file(args.emerge, out.getvalue())
         print(f"wrote {show(args.emerge)}")
     peak = "not measured on this system"

@@ -52,6 +52,8 @@ def to_sequence(grid, order):
     order that is neither str nor int.
     """
     order = _name(order)
+    if not isinstance(grid, torch.Tensor):
+        raise TypeError(f"grid is a {type(grid).__name__}; expected a tensor (b, t, h, w, d)")
     if grid.ndim != 5 or 0 in grid.shape[1:4]:
         raise ValueError(f"grid has shape {tuple(grid.shape)}; expected (b, t, h, w, d) with t, h, w >= 1")
     if order == "zigzag":
@@ -67,10 +69,11 @@ def to_grid(seq, order, shape):
     ValueError for another rank, or a shape that does not hold l tokens; else as `to_sequence`.
     """
     order = _name(order)
+    if not isinstance(seq, torch.Tensor):
+        raise TypeError(f"seq is a {type(seq).__name__}; expected a tensor (b, l, d)")
     if seq.ndim != 3:
         raise ValueError(f"seq has shape {tuple(seq.shape)}; expected (b, l, d)")
-    whole = len(shape) == 3 and all(isinstance(size, int) and size >= 1 for size in shape)
-    if not whole or shape[0] * shape[1] * shape[2] != seq.shape[1]:
+    if not _whole(shape) or shape[0] * shape[1] * shape[2] != seq.shape[1]:
         raise ValueError(f"shape {tuple(shape)} does not hold the {seq.shape[1]} tokens of seq; "
                          "expected three sizes (t, h, w) >= 1 with t*h*w equal to that")  # fmt: skip
     t, h, w = shape
@@ -78,6 +81,11 @@ def to_grid(seq, order, shape):
         _, place_in_seq = zigzag_table(t, h, w, seq.device)
         return seq.index_select(1, place_in_seq).unflatten(1, (t, h, w))  # (b, t, h, w, d)
     return rearrange(seq, f"b ({AXES[order]}) d -> b t h w d", t=t, h=h, w=w)  # (b, t, h, w, d)
+
+
+def _whole(shape):
+    """Three sizes (t, h, w) of at least 1?"""
+    return len(shape) == 3 and all(isinstance(size, int) and size >= 1 for size in shape)
 
 
 @functools.lru_cache(maxsize=16)  # a model asks for the same few shapes in every layer of every step
@@ -115,6 +123,8 @@ def _name(order):
 
 def places(order, shape):
     """Where each token of a grid of shape (t, h, w) stands in the sequence: int64 (t, h, w)."""
+    if not _whole(shape):
+        raise ValueError(f"shape is {shape!r}; expected three sizes (t, h, w) >= 1")
     line = torch.arange(shape[0] * shape[1] * shape[2])
     return to_grid(line[None, :, None], order, shape)[0, ..., 0]
 
@@ -143,71 +153,16 @@ def table(shape, within):
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- the picture
-
-
-def draw(shape):
-    """The walk of each order through a small grid, as a PIL image. Frames stand one behind another."""
-    from PIL import Image, ImageDraw, ImageFont  # only the picture needs it
-
-    s = 3  # drawn larger and shrunk at the end, which smooths the lines
-    t, h, w = shape
-    dt, dx, dy = 108, (20, -9), 36  # one step along t, x, y on the paper, in pixels
-    wide, high = dt * (t - 1) + dx[0] * (w - 1), dy * (h - 1) - dx[1] * (w - 1)
-    cell = (max(wide + 100, 330), high + 100)
-    columns = 2
-    img = Image.new("RGB", (s * cell[0] * columns, s * cell[1] * 3), "white")
-    pen, font = ImageDraw.Draw(img), ImageFont.load_default(size=14 * s)
-
-    def text(x, y, words, **how):
-        pen.text((s * x, s * y), words, font=font, fill="#222222", **how)
-
-    def line(a, b, colour, width):
-        pen.line([s * a[0], s * a[1], s * b[0], s * b[1]], fill=colour, width=round(s * width))
-
-    def dot(p, r, colour):
-        pen.ellipse([s * (p[0] - r), s * (p[1] - r), s * (p[0] + r), s * (p[1] + r)], fill=colour)
-
-    for number, order in enumerate((*SCANS, "zigzag")):
-        left, top = cell[0] * (number % columns) + 50, cell[1] * (number // columns)
-
-        def spot(token):  # (t, y, x) -> a point of the paper
-            f, y, x = token
-            return left + dt * f + dx[0] * x, top + 62 - dx[1] * (w - 1) + dx[1] * x + dy * y
-
-        text(left - 22, top + 12, order + (f": layers {number}, {number + 4}, ..." if number < 4 else ""))
-        for f in range(t):  # the frames, as tilted sheets
-            corners = [spot((f, y, x)) for y, x in ((-0.5, -0.5), (-0.5, w - 0.5), (h - 0.5, w - 0.5), (h - 0.5, -0.5))]
-            pen.polygon([(s * x, s * y) for x, y in corners], fill="#F2F2F2", outline="#BBBBBB", width=s)
-        walk = (places(order, shape).flatten().argsort()).tolist()
-        walk = [(i // (h * w), i // w % h, i % w) for i in walk]
-        steps = list(zip(walk, walk[1:]))
-        for a, b in sorted(steps, key=lambda ab: -_apart(*ab)):  # jumps first, so that steps lie on top
-            line(spot(a), spot(b), *(("#E69F00", 1) if _apart(a, b) > 1 else ("#0072B2", 2.6)))
-        for token in walk:
-            dot(spot(token), 2.6, "#0072B2")
-        dot(spot(walk[0]), 6, "#009E73")
-        dot(spot(walk[-1]), 6, "#D55E00")
-    left, top = cell[0] + 30, 2 * cell[1] + 40
-    line((left, top), (left + 28, top), "#0072B2", 2.6)
-    line((left, top + 26), (left + 28, top + 26), "#E69F00", 1)
-    dot((left + 14, top + 52), 6, "#009E73")
-    dot((left + 14, top + 78), 6, "#D55E00")
-    for row, words in enumerate(("step to a neighbour in the grid", "jump", "first token", "last token")):
-        text(left + 42, top + 26 * row, words, anchor="lm")
-    text(left, top + 112, "t: sheet to sheet;  y: down;  x: along a sheet", anchor="lm")
-    return img.resize((img.width // s, img.height // s), Image.Resampling.LANCZOS)
-
-
-def _apart(a, b):
-    """Steps between two tokens of the grid."""
-    return sum(abs(i - j) for i, j in zip(a, b))
-
-
 if __name__ == "__main__":
     import argparse
+    import os
+    import signal
     import sys
 
+    from benchmarks import pictures
+
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this as it ends other tools, without a word
     parser = argparse.ArgumentParser(description="How far apart neighbours of the grid land in the sequence.")
     parser.add_argument("--grid", type=int, nargs=3, default=[4, 8, 8], metavar=("T", "H", "W"),
                         help="frames, rows, columns of the grid to measure (default 4 8 8)")  # fmt: skip
@@ -220,10 +175,12 @@ if __name__ == "__main__":
         parser.error(f"--grid {args.grid} and --within {args.within}: every number must be at least 1")
     if args.grid[0] * args.grid[1] * args.grid[2] > 10**7:
         parser.error(f"--grid {args.grid} has more than ten million tokens; choose a smaller grid")
+    if not args.out.endswith(".png") or os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(args.out) or "."):
+        parser.error(f"--out {args.out}: expected the name of a .png in a folder that exists")
     print(f"How far apart neighbours of a {' x '.join(map(str, args.grid))} grid land in the sequence\n")
     print(table(args.grid, args.within))
     try:
-        draw([min(size, 4) for size in args.grid]).save(args.out)
-    except (OSError, ValueError) as error:  # ValueError: an ending that Pillow does not know
+        pictures.scan_orders([min(size, 4) for size in args.grid]).save(args.out)
+    except OSError as error:
         sys.exit(f"cannot write {args.out}: {error}")  # a message and exit code 1
     print(f"\nwrote {args.out}")

@@ -50,7 +50,7 @@ def windows(shape, window, shift):
     windows start at shift, shift + window, ...; what lies before the first start is a window of its own.
     """
     _check(window, shift)
-    if len(shape) != 3 or min(shape) < 1:
+    if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
         raise ValueError(f"shape is {tuple(shape)}; expected three sizes (t, h, w) of at least 1")
     window, shift = fit(shape, window, shift)
     number = torch.zeros(1, 1, 1, dtype=torch.int64, device="cpu")
@@ -141,9 +141,15 @@ class TemporalSwinAttention(nn.Module):
         self.proj = nn.Linear(d_model, d_model)
 
     def forward(self, grid):
-        d = self.proj.in_features
+        d, weight = self.proj.in_features, self.proj.weight
+        if not isinstance(grid, torch.Tensor):
+            raise TypeError(f"grid is a {type(grid).__name__}; expected a tensor (b, t, h, w, {d})")
         if grid.ndim != 5 or grid.shape[-1] != d or 0 in grid.shape[1:4]:
             raise ValueError(f"grid has shape {tuple(grid.shape)}; expected (b, t, h, w, {d}) with t, h, w >= 1")
+        autocast = grid.device.type != "meta" and torch.is_autocast_enabled(grid.device.type)  # which mends the dtype
+        if grid.device != weight.device or (grid.dtype != weight.dtype and not autocast):
+            raise ValueError(f"grid is {grid.dtype} on {grid.device}, the weights {weight.dtype} on {weight.device}; "
+                             "move or convert one with .to(...)")  # fmt: skip
         b, shape = grid.shape[0], tuple(grid.shape[1:4])
         window, shift = fit(shape, self.window, self.shift)
         parts = partition(grid, window, shift)  # (b, k, m, d)
@@ -205,75 +211,16 @@ def spread(shape, layers):
     return after
 
 
-def draw(shape, window, shift):
-    """Fig. 5 as a PIL image: windows of an even and an odd layer, the roll, the spread, one window's mask."""
-    from PIL import Image, ImageDraw, ImageFont  # only the picture needs it
-
-    s = 3  # drawn larger and shrunk at the end, which smooths text and lines
-    fitted, by = fit(shape, window, shift)
-    full = [-(-size // win) * win for size, win in zip(shape, fitted)]  # with the padding
-    cell = max(2, min(20, (1040 // min(full[0], 8) - 14) // full[2]))
-    step, tall, side = cell * full[2] + 14, cell * full[1] + 62, 256
-    img = Image.new("RGB", (s * 1060, s * (4 * tall + side + 70)), "white")
-    pen, font = ImageDraw.Draw(img), ImageFont.load_default(size=14 * s)
-
-    def text(x, y, words, **how):
-        pen.text((s * x, s * y), words, font=font, fill="#222222", **how)
-
-    def box(x, y, wide, high, **how):
-        pen.rectangle([s * x, s * y, s * (x + wide), s * (y + high)], **how)
-
-    def frames(row, title, colours, number, times):  # colours and number (t, h, w); a line where number changes
-        text(20, 14 + tall * row, title)
-        t, h, w = colours.shape
-        for f in range(min(t, 8)):
-            left, up = 20 + step * f, 40 + tall * row
-            for y, x in torch.cartesian_prod(torch.arange(h), torch.arange(w)).tolist():
-                at = left + cell * x, up + cell * y
-                box(*at, cell, cell, fill=palette[colours[f, y, x]], outline="#FFFFFF")
-                if x and number[f, y, x] != number[f, y, x - 1]:
-                    box(at[0] - 1, at[1], 2, cell, fill="#222222")
-                if y and number[f, y, x] != number[f, y - 1, x]:
-                    box(at[0], at[1] - 1, cell, 2, fill="#222222")
-            box(left, up, cell * w, cell * h, outline="#222222", width=2 * s)
-            label = f"t = {times[f]}" if times[f] < shape[0] else "padding"
-            text(left + cell * w / 2, up + cell * h + 4, label, anchor="ma")
-
-    def paint(number):  # windows that touch along an axis, also around the ends, get different colours
-        kt, kh, kw = (n.unique(return_inverse=True)[1] for n in (number[:, 0, 0], number[0, :, 0], number[0, 0, :]))
-        return (5 * kt[:, None, None] + 2 * kh[:, None] + kw) % 6
-
-    # Six colours of Okabe and Ito, lightened; then white to blue for the spread, grey for padding.
-    palette = "#80B9D9 #F3CF80 #80CFB9 #EAAF80 #ABDAF4 #E6BCD3 #FFFFFF #D6E8F2 #A6CEE4 #5CA6CF #0072B2 #DDDDDD".split()
-    even, odd = windows(shape, window, (0, 0, 0)), windows(shape, window, shift)
-    times = list(range(full[0]))
-    frames(0, f"even layer: windows of {' x '.join(map(str, fitted))} tokens", paint(even), even, times)
-    frames(1, f"odd layer: shifted by {by}", paint(odd), odd, times)
-    grey = [n for size, whole in zip(shape[::-1], full[::-1]) for n in (0, whole - size)]
-    frames(2, "odd layer as computed: rolled, so that broken windows share whole ones; the mask keeps colours apart",
-           F.pad(paint(odd), grey, value=11).roll([-n for n in by], (0, 1, 2)),
-           windows(full, fitted, (0, 0, 0)), times[by[0] :] + times[: by[0]])  # fmt: skip
-    after = sum(spread(shape, [even, odd, even, odd]))  # 4: heard after the first layer; 0: not after four
-    frames(3, "has heard of the middle token after 1 layer (darkest), 2, 3, 4 layers, or not yet (white)",
-           after.long() + 6, after, times)  # fmt: skip
-
-    mask, m, top = window_mask(shape, window, shift, torch.device("cpu")), even.flatten().bincount()[0], 14 + 4 * tall
-    mask = torch.ones(m, m, dtype=torch.bool) if mask is None else mask[-1]
-    tile = Image.fromarray(mask.numpy().astype("uint8") * 255).resize((s * side, s * side), Image.Resampling.NEAREST)
-    img.paste("#0072B2", (s * 20, s * (top + 26)), tile)
-    box(20, top + 26, side, side, outline="#222222", width=s)
-    text(20, top, f"mask of the last window of an odd layer: {m} x {m} tokens, counted along t, y, x (x fastest)")
-    text(side + 50, top + 26, "Row: the token that asks.  Column: the token it asks.\n"
-         "Blue: may attend (padding only to itself).  White: may not.\n\n"
-         "The window is broken along each axis that is shifted;\n"
-         "only tokens of one colour above belong together.", spacing=8 * s)  # fmt: skip
-    return img.resize((img.width // s, img.height // s), Image.Resampling.LANCZOS)
-
-
 if __name__ == "__main__":
     import argparse
+    import os
+    import signal
     import sys
 
+    from benchmarks import pictures
+
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this as it ends other tools, without a word
     parser = argparse.ArgumentParser(description="Windows, shift and mask of Temporal Swin Attention (fig. 5).")
     for name, default, words in (("--grid", [8, 8, 8], "frames, rows, columns of tokens"),
                                  ("--window", [4, 4, 4], "size of a window"),
@@ -287,6 +234,8 @@ if __name__ == "__main__":
     length = shape[0] * shape[1] * shape[2]
     if max(shape) > 64:
         parser.error(f"--grid {args.grid}: more than 64 along an axis is too much to draw")
+    if not args.out.endswith(".png") or os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(args.out) or "."):
+        parser.error(f"--out {args.out}: expected the name of a .png in a folder that exists")
     try:
         layers = [windows(shape, window, by) for by in ((0, 0, 0), shift)] * 2
     except ValueError as error:
@@ -300,7 +249,7 @@ if __name__ == "__main__":
         pairs = 100 * sizes.square().sum() / length**2
         print(f"{i:5}   {len(sizes):7}   {pairs:12.2f} %   {heard.sum():20} of {length:<17}   {span}")
     try:
-        draw(shape, window, shift).save(args.out)
-    except (OSError, ValueError) as error:  # ValueError: an ending that Pillow does not know
+        pictures.tesa_windows(shape, window, shift).save(args.out)
+    except OSError as error:
         sys.exit(f"cannot write {args.out}: {error}")  # a message and exit code 1
     print(f"\nwrote {args.out}")

@@ -23,7 +23,6 @@ import math
 import os
 import signal
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -76,6 +75,8 @@ def random_specs(n, generator, objects=1, held_out_only=False):
     """
     if objects not in (1, 2):
         raise ValueError(f"objects is {objects!r}; a clip holds 1 or 2 objects: ask for one of these")
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"n is {n!r}; ask for at least 1 clip")
     triples = torch.cartesian_prod(torch.arange(6), torch.arange(4), torch.arange(8))      # (192, 3)
     triples = triples[held_out(triples) == held_out_only]                                  # (m, 3)
     taken = torch.zeros(n, len(triples))
@@ -87,6 +88,13 @@ def random_specs(n, generator, objects=1, held_out_only=False):
     if objects == 2:
         speed_size[..., 1] = 0                       # two large ones would have no room to miss each other
     return torch.cat([torch.stack(picks, 1), speed_size], -1)                              # (n, k, 5)
+
+
+def check_specs(specs, axes):
+    """ValueError for what is no spec of so many axes, see the top of the file."""
+    if (not isinstance(specs, torch.Tensor) or specs.dim() != axes or specs.shape[-1] != 5 or specs.dtype != torch.int64
+            or ((specs < 0) | (specs >= torch.tensor([len(table) for table in ATTRIBUTES.values()]))).any()):
+        raise ValueError(f"specs {tuple(getattr(specs, 'shape', ()))} came in; expected int64 ({'b, ' * (axes == 3)}k, 5), each an index into its table in ATTRIBUTES")
 
 
 def wrap(offset, size):
@@ -138,9 +146,9 @@ def render(specs, starts, frames, size=32):
 
     Values in [-1, 1], background -1. Where objects meet, the first lies on top.
     """
-    if specs.dim() != 3 or specs.shape[-1] != 5 or starts.shape != (*specs.shape[:2], 2):
-        raise ValueError(f"specs {tuple(specs.shape)} and starts {tuple(starts.shape)} came in; expected "
-                         "(b, k, 5) and (b, k, 2): add the axis of objects with specs[:, None]")
+    check_specs(specs, 3)
+    if not isinstance(starts, torch.Tensor) or starts.shape != (*specs.shape[:2], 2) or not starts.isfinite().all():
+        raise ValueError(f"starts {tuple(getattr(starts, 'shape', ()))} came in; expected {(*specs.shape[:2], 2)}, finite")
     if frames < 1 or size < 32:
         raise ValueError(f"frames={frames}, size={size}: need at least 1 frame, and 32 pixels for large shapes")
     b, k, _ = specs.shape
@@ -164,6 +172,8 @@ def caption(specs, generator=None, still=False, plain=False):
     red circle moving slowly left"). Otherwise the generator picks the words; size and speed are each
     left out three times in ten, and then anything goes: "a red circle moving right".
     """
+    check_specs(specs, 2)
+
     def pick(*options):
         return options[0] if plain else options[int(torch.randint(len(options), (1,), generator=generator))]
 
@@ -522,31 +532,10 @@ def train(args, run, out, rank, world):
 
 def preview(run, path):
     """A clip of eight captions side by side, as the average draws them now."""
+    from benchmarks import pictures
     model = lingen.LinGen(run.model.config).to(run.device)
     model.load_state_dict(run.average)
-    generator = torch.Generator().manual_seed(1)
-    specs = random_specs(8, generator, run.settings["objects"], held_out_only=True)
-    captions = [caption(s, plain=True) for s in specs]
-    clips = sample.sample(model.eval(), sample.encode(captions, VOCABULARY), (16, 32, 32), **sample.steps_for(16, SAMPLING))   # (8, 3, t, h, w)
-    clips = F.pad(clips, (1, 1, 1, 1), value=0.2).view(2, 4, 3, 16, 34, 34)
-    clips = clips.permute(2, 3, 0, 4, 1, 5).reshape(3, 16, 68, 136)                          # two rows of four
-    sample.write_clip(path, sample.to_frames(clips), fps=SAMPLING["fps"], settings={"captions": captions})
-
-
-def draw_examples(path):
-    """Examples of the data as a picture: for each of eight clips its caption and six of its frames."""
-    from PIL import Image, ImageDraw, ImageFont
-    clips, captions, _ = make_batch(5, 16, torch.Generator().manual_seed(3))
-    pairs, pair_captions, _ = make_batch(3, 16, torch.Generator().manual_seed(5), objects=2)
-    image = Image.new("RGB", (1060, 8 * 76 + 14), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
-    for row, (clip, words) in enumerate(zip([*clips, *pairs], captions + pair_captions)):
-        for column, frame in enumerate(sample.to_frames(clip)[::3]):
-            image.paste(Image.fromarray(frame).resize((64, 64), Image.Resampling.NEAREST), (14 + 72 * column, 12 + 76 * row))
-        pen.text((460, 44 + 76 * row), textwrap.fill(words, 72), fill="#222222", font=font, anchor="lm")
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    sample.replace_file(path, out.getvalue())
+    pictures.eight_clips(model, path, SAMPLING, run.settings["objects"])
 
 
 def main(argv=None):
@@ -588,7 +577,10 @@ def main(argv=None):
                 raise ValueError(f"--examples writes .png, not {sample.show(args.examples)}")
             sample.try_place(args.examples)
             wrong = 1
-            draw_examples(args.examples)
+            from benchmarks import pictures
+            out = io.BytesIO()
+            pictures.examples().save(out, "PNG")
+            sample.replace_file(args.examples, out.getvalue())
             print(f"wrote {args.examples}")
         else:
             run = begin(args)
