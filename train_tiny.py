@@ -414,9 +414,26 @@ def publish(source, target):
     save(target, {**{key: checkpoint[key] for key in ("format", "config", "vocabulary")}, "sampling": SAMPLING, "weights": weights, "training": training})
 
 
+class Listener:
+    """stderr, that may have no reader any more (a closed terminal, a pipe cut off): then nothing is said, and training goes on."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, text):
+        with contextlib.suppress(OSError, AttributeError):              # AttributeError: there never was one
+            self.file.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, AttributeError):
+            self.file.flush()
+
+    def isatty(self):
+        return bool(self.file) and self.file.isatty()
+
+
 def say(message):
-    with contextlib.suppress(OSError):                                  # to somebody, if anybody listens
-        print(f"\ntrain_tiny.py: {message}", file=sys.stderr)
+    print(f"\ntrain_tiny.py: {message}", file=sys.stderr)
 
 
 def begin(args):
@@ -482,17 +499,13 @@ def train(args, run, out, rank, world):
     asking = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]      # Windows has fewer
     before = {number: signal.signal(number, ask) for number in asking if signal.getsignal(number) != signal.SIG_IGN}   # nohup
     saved = time.monotonic()
-    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0 or not sys.stderr,
-               mininterval=0.5 if sys.stderr and sys.stderr.isatty() else 30)
+    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 30)
     try:
         while run.step < args.steps and not stopping():
             loss = run.advance(rank, world)
             frames = run.losses[-1][0]
-            try:
-                bar.set_postfix_str(f"{frames} frame{'s' * (frames > 1)}, loss {loss:.4f}", refresh=False)
-                bar.update()
-            except OSError:                                             # who watched has gone (a closed pipe): that stops no training
-                bar.disable = True
+            bar.set_postfix_str(f"{frames} frame{'s' * (frames > 1)}, loss {loss:.4f}", refresh=False)
+            bar.update()
             if time.monotonic() - saved > args.save_every:
                 try:
                     keep()
@@ -510,8 +523,7 @@ def train(args, run, out, rank, world):
             raise
         raise ChildProcessError(f"step {run.step}: another process of this run has ended, or cannot be reached ({error!s:.200}); {whole()}, in all processes") from None
     finally:
-        with contextlib.suppress(OSError):
-            bar.close()
+        bar.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     if world > 1:
@@ -583,12 +595,13 @@ def main(argv=None):
             sample.replace_file(args.examples, out.getvalue())
             print(f"wrote {args.examples}")
         else:
-            run = begin(args)
-            wrong = 1
-            return train(args, *run)
+            with contextlib.redirect_stderr(Listener(sys.stderr)):
+                run = begin(args)
+                wrong = 1
+                return train(args, *run)
         return 0
     except KeyboardInterrupt as stop:
-        say(str(stop) or "interrupted")
+        print(f"\ntrain_tiny.py: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except Exception as error:
         return sample.complain("train_tiny.py", error, wrong)

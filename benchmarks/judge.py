@@ -35,16 +35,16 @@ def parse(text):
                 hits = [name for name in names if said & set(SYNONYMS.get(name, (name,)))]
                 unclear = len(hits) > 1
             if unclear:
-                raise ValueError(f"the caption {text!r} names {' and '.join(hits)} for one object; expected one "
+                raise ValueError(f"the caption {text!a:.60} names {' and '.join(hits)} for one object; expected one "
                                  f"{attribute} each: a second object begins with \"and a\"")
             if not hits and attribute in ("colour", "shape"):
-                raise ValueError(f"the caption {text!r} names no {attribute} in {part.strip()!r}; add one of "
+                raise ValueError(f"the caption {text!a:.60} names no {attribute} in {part.strip()!a:.60}; add one of "
                                  f"{', '.join(names)}")
             thing[attribute] = hits[0] if hits else None
         found.append(thing)
     if len(found) > 2 or len({thing["colour"] for thing in found}) < len(found):
-        raise ValueError(f"the caption {text!r} names {len(found)} objects coloured "
-                         f"{', '.join(thing['colour'] for thing in found)}; expected one, or two of different colours")
+        raise ValueError(f"the caption {text!a:.60} names {len(found)} objects coloured "
+                         f"{', '.join(thing['colour'] for thing in found):.60}; expected one, or two of different colours")
     return found
 
 
@@ -194,9 +194,11 @@ def judge(clips, captions):
     """
     if isinstance(captions, str):
         return judge(clips[None], [captions])[0]
-    if clips.dim() != 5 or clips.shape[1] != 3 or clips.shape[3] != clips.shape[4] or len(clips) != len(captions):
+    if not isinstance(clips, torch.Tensor) or not clips.is_floating_point() or clips.is_meta:
+        raise ValueError(f"clips came in as {getattr(clips, 'dtype', type(clips).__name__)}; expected a tensor of floating-point numbers")
+    if clips.dim() != 5 or clips.shape[1] != 3 or clips.shape[3] != clips.shape[4] or clips.shape[4] < 32 or 0 in clips.shape or len(clips) != len(captions):
         raise ValueError(f"clips {tuple(clips.shape)} with {len(captions)} captions came in; expected "
-                         "(b, 3, t, size, size) with b captions")
+                         "(b, 3, t, size, size) of at least 32 pixels, with b captions")
     return [judge_one(clip.detach().float().cpu(), text) for clip, text in zip(clips, captions, strict=True)]
 
 
@@ -257,6 +259,8 @@ def judge_one(clip, text):
 
 def wilson(right, n):
     """95 % interval of a proportion, for any n > 0: stays inside [0, 1], also at 0 % and 100 %."""
+    if not 0 <= right <= n or n == 0:
+        raise ValueError(f"{right} right of {n}: expected 0 to n of n > 0")
     z, share = 1.96, right / n
     middle, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
@@ -266,7 +270,7 @@ def summary(records):
     """Records of `judge` -> dict: "n", the share right per test (over the clips it applies to; None if it
     applies to none), "joint" with its 95 % Wilson interval "low" and "high", means of the other numbers.
     """
-    if not records:
+    if not records or not all(isinstance(record, dict) and "ok" in record for record in records):
         raise ValueError("no records came in; expected at least one from judge(clips, captions)")
     result, n = {"n": len(records)}, len(records)
     for name in (*(f"{a}_ok" for a in ATTRIBUTES), "one_object", "steady", "finite", "overlap_ok",
