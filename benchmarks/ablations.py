@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,7 +84,7 @@ def summarise(rows, path):
         for name in (*(f"loss_{frames}" for frames in LENGTHS), *(name.removesuffix("_ok") for name in JUDGED)):
             values = [float(row[name]) for row in own]
             digits = 4 if name.startswith("loss") else 2
-            show[name] = f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values) if len(values) > 1 else 0:.{digits}f}"
+            show[name] = f"{statistics.mean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
         table.add(variant=variant, seeds=len(own), **show)
     table.wrote()
 
@@ -124,12 +125,17 @@ def main():
         parser.error(f"{table.path} holds rows of {table.rows[0]['steps']} steps: give the same --steps, or another --out")
     done = {(row["variant"], int(row["seed"])) for row in table.rows}
     wanted = [(variant, seed) for seed in range(args.seeds) for variant in args.variants if (variant, seed) not in done]
-    until, bar = time.monotonic() + 60 * args.minutes, tqdm(total=len(wanted), unit="row", leave=False, disable=None)
+    until, stop = time.monotonic() + 60 * args.minutes, threading.Event()
+    bar = tqdm(total=len(wanted), unit="row", leave=False, disable=None)
 
     def work(variant, seed):
-        if time.monotonic() > until:
+        if stop.is_set() or time.monotonic() > until:
             return
-        row = common.in_fresh_process(__file__, threads=1, variant=variant, seed=seed, steps=args.steps, captions=args.captions)
+        try:
+            row = common.in_fresh_process(__file__, threads=1, variant=variant, seed=seed, steps=args.steps, captions=args.captions)
+        except BaseException:
+            stop.set()                                              # Ctrl-C reaches all workers; none begins another row
+            raise
         table.add(variant=variant, seed=seed, steps=args.steps, **row)
         bar.update()
     with ThreadPoolExecutor(args.workers) as pool:
@@ -137,7 +143,7 @@ def main():
             for row in [pool.submit(work, *row) for row in wanted]:
                 row.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            stop.set()
             raise
     bar.close()
     table.wrote()

@@ -1,4 +1,6 @@
-"""The counter of operations against a count by hand, and the tables of the README against the files they come from."""
+"""The scripts that check the paper's claims: the counter of operations against a count by hand, and each script's own sums."""
+import dataclasses
+import itertools
 import math
 import subprocess
 import sys
@@ -8,9 +10,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import train_tiny
+from benchmarks import ablations, adapt, adjacency, common, consumer, cost, judge, length, minute, parts
 from lingen import Block, describe, preset
+from scan import places
+from tesa import windows
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def call(monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+# ---- operations -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", [dict(), dict(mixer="attention"), dict(tesa=False), dict(review=False), dict(ngroups=2, d_state=16)])
@@ -48,7 +62,202 @@ def test_described_parts_add_up():
         assert rows["block 0"][column] == sum(rows[name][column] for name in inside)
 
 
+def test_a_block_counted_once_and_multiplied_is_the_whole_model():
+    config = preset("4b", d_model=256, nheads=2, depth=5)
+    _, _, _, products = describe(config, 34, 16, 16, words=256)[-1]
+    assert cost.operations(config, (34, 16, 16)) == 2 * products
+
+
+def test_committed_operations_are_those_that_the_code_counts():
+    row = next(row for row in common.Table(common.RESULTS / "cost.csv", resume=True).rows if (row["pixels"], row["seconds"]) == ("512", "17"))
+    ours, dit = (cost.operations(preset("4b", **change), (34, 64, 64)) / 1e12 for change in cost.MODELS.values())
+    assert (float(row["lingen_tflop"]), float(row["dit_tflop"]), float(row["ratio"])) == (round(ours, 1), round(dit, 1), round(dit / ours, 2))
+
+
+def test_models_that_are_compared_hold_the_same_parameters():
+    sizes = [cost.parameters(preset("4b", **fields)) for fields in cost.MODELS.values()]
+    sizes += [cost.parameters(preset("4b", **{**cost.MODELS["DiT-4B"], **dit})) for name, (_, dit, _) in cost.DEPENDS.items() if "28 blocks" not in name]
+    sizes += [cost.parameters(preset("4b", **ours)) for ours, _, _ in cost.DEPENDS.values()]
+    assert all(4.1e9 < size < 4.3e9 for size in sizes)
+
+
+# ---- what the scripts share -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module, wrong", [(ablations, "--seeds 0"), (adapt, "--every 0"), (adjacency, "--grid 1 1 1"), (consumer, "--device tpu"),
+                                           (cost, "--pixels 3"), (length, "--pixels 500"), (minute, "--frames 10"), (parts, "--rounds 0")])
+def test_every_script_teaches_and_refuses(monkeypatch, capsys, module, wrong):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, module, "--help")
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and f"python benchmarks/{module.__name__.split('.')[1]}.py" in said and "--out" in said
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, module, *wrong.split())
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "error: " in said and wrong.split()[0] in said
+
+
 @pytest.mark.parametrize("script, args, says", [("speed.py", ["--help"], "peers"), ("speed.py", ["nonsense"], "there is no table"), ("cost.py", ["--help"], "figs. 1b")])
-def test_scripts_teach(script, args, says):
+def test_scripts_run_as_scripts(script, args, says):
     run = subprocess.run([sys.executable, ROOT / "benchmarks" / script, *args], capture_output=True, text=True)
     assert says in (run.stdout + run.stderr).replace("\n", " ") and "Traceback" not in run.stderr
+
+
+def test_rows_outlive_ctrl_c_and_are_read_back(tmp_path, capsys):
+    def main():
+        table = common.Table(tmp_path / "new" / "table.csv")
+        table.add(name="one", value=None)
+        table.add(name="two, three", value=0.5)
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        common.run(main, "it.py")
+    assert stop.value.code == 130 and "Traceback" not in capsys.readouterr().err
+    assert common.Table(tmp_path / "new" / "table.csv", resume=True).rows == [dict(name="one", value=""), dict(name="two, three", value="0.5")]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["table.csv"]
+
+
+def test_errors_are_a_line_and_plots_are_optional(monkeypatch, tmp_path, capsys):
+    def main():
+        raise ChildProcessError("it failed")
+    with pytest.raises(SystemExit) as stop:
+        common.run(main, "it.py")
+    assert stop.value.code == 1 and capsys.readouterr().err == "it.py: error: it failed\n"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    common.plot(tmp_path / "none.png", None)
+    assert "matplotlib is not installed" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_variants_differ_in_one_field():
+    base = dataclasses.asdict(preset("tiny", vocab_size=9))
+    for name, change in common.VARIANTS.items():
+        other = dataclasses.asdict(preset("tiny", vocab_size=9, **change))
+        assert sum(other[field] != value for field, value in base.items()) == (name != "default"), name
+
+
+# ---- time and memory ------------------------------------------------------------------------------------
+
+
+def test_length_measures_and_attention_stops_at_its_limit(monkeypatch, tmp_path):
+    taken = {("mate", 1): 1.0, ("attention", 1): 2.0, ("mate", 2): 2.0, ("attention", 2): 8.0, ("mate", 4): 4.0}      # no attention for 4 s
+    monkeypatch.setattr(common, "in_fresh_process", lambda script, preset, mixer, seconds, **rest: dict(seconds=taken[mixer, seconds], mib=10.4))
+    call(monkeypatch, length, "--seconds", 1, 2, 4, "--limit", 31, "--out", tmp_path, "--plot", tmp_path / "plot.png")
+    rows = common.Table(tmp_path / "length_tiny_cpu.csv", resume=True).rows
+    assert [row["ratio"] for row in rows] == ["2.0", "4.0", ""] and [row["tokens"] for row in rows] == ["256", "512", "1024"]
+    found = length.child("tiny", "attention", 1, 512, "cpu", 1)
+    assert 0 < found["seconds"] < 60 and found["mib"] >= 0
+
+
+def test_parts_are_held_against_the_default_of_their_own_round(monkeypatch, tmp_path):
+    clock = itertools.count()                       # round by round the machine slows down; the second variant takes twice the first
+    monkeypatch.setattr(common, "seconds", lambda step, device: (lambda n: (1 + n // 6) * (2 if n % 6 == 1 else 1))(next(clock)))
+    call(monkeypatch, parts, "--seconds", 1, "--rounds", 4, "--out", tmp_path)
+    rows = common.Table(tmp_path / "parts_tiny_cpu.csv", resume=True).rows
+    assert [row["relative"] for row in rows] == ["1.0", "2.0", "1.0", "1.0", "1.0", "1.0"] and rows[3]["paper"] == "1.41"
+
+
+def test_longest_and_fit_find_what_they_should():
+    for true in (0, 1, 2, 5, 37, consumer.MOST, 10**6):
+        asked = []
+        assert consumer.longest(lambda n, true=true, asked=asked: asked.append(n) or n <= true) == min(true, consumer.MOST)
+        assert max(asked) <= consumer.MOST and len(asked) < 25
+    assert consumer.fit([(10, 200), (30, 600)]) == (20, 0)
+    size, numbers = common.in_fresh_process(consumer.__file__, preset="small", width=128, seconds=2)
+    assert size == 1024 * 128 and 5 < numbers / size < 200
+
+
+# ---- adjacency ------------------------------------------------------------------------------------------
+
+
+def test_adjacency_is_that_of_a_count_by_hand(monkeypatch, tmp_path):
+    grid, window = (4, 3, 5), (2, 2, 4)
+    call(monkeypatch, adjacency, "--grid", *grid, "--window", *window, "--out", tmp_path / "a.csv", "--plot", tmp_path / "a.png")
+    rows = {(row["order"], row["neighbours"]): row for row in common.Table(tmp_path / "a.csv", resume=True).rows}
+    cells = list(itertools.product(*map(range, grid)))
+    at = {order: places(order, grid) for order in ("spatial-row", "spatial-column", "temporal-row", "temporal-column", "zigzag")}
+    cut = [windows(grid, window, shift) for shift in ((0, 0, 0), (1, 1, 2))]
+    for kind in ("faces", "all"):
+        near, tesa, pairs = {order: 0 for order in (*at, "RMS")}, 0, 0
+        for a, b in itertools.combinations(cells, 2):
+            steps = [abs(i - j) for i, j in zip(a, b)]
+            if max(steps) > 1 or (kind == "faces" and sum(steps) > 1):
+                continue
+            pairs += 1
+            apart = {order: abs(int(place[a] - place[b])) for order, place in at.items()}
+            apart["RMS"] = min(apart[order] for order in apart if order != "zigzag")
+            for order, distance in apart.items():
+                near[order] += distance <= 2
+            tesa += any(number[a] == number[b] for number in cut)
+        for order, count in near.items():
+            assert float(rows[order, kind]["within_2"]) == round(100 * count / pairs, 1), order
+        assert float(rows["TESA", kind]["within_1"]) == round(100 * tesa / pairs, 1)
+        assert float(rows["RMS + TESA", kind]["within_1"]) >= max(float(rows[name, kind]["within_1"]) for name in ("RMS", "TESA"))
+
+
+# ---- training and judging -------------------------------------------------------------------------------
+
+
+def test_ablations_train_by_the_recipe_and_measure_on_held_out_clips(monkeypatch):
+    mine, theirs = ablations.begin("default", 40, 0), None
+    config = preset("tiny", vocab_size=len(train_tiny.VOCABULARY))
+    theirs = train_tiny.Run(config, dict(steps=40, seed=0, objects=1, rate=2e-3), torch.device("cpu"))
+    assert mine.advance() == theirs.advance()
+    seen = []
+    make = train_tiny.make_batch
+    monkeypatch.setattr(train_tiny, "make_batch", lambda *args, **kwargs: seen.append(make(*args, **kwargs)) or seen[-1])
+    model = ablations.average(mine)
+    assert ablations.validation_loss(model, 16, 1024) == ablations.validation_loss(model, 16, 1024)
+    assert train_tiny.held_out(seen[0][2]).all() and seen[0][0].shape == (4, 3, 16, 32, 32)
+
+
+def test_ablations_go_seed_by_seed_skip_what_is_done_and_end_in_time(monkeypatch, tmp_path):
+    calls, options = [], ("--seeds", 2, "--variants", "default", "DiT", "--out", tmp_path, "--plot", tmp_path / "plot.png")
+
+    def fresh(script, threads, variant, seed, steps, captions):
+        calls.append((variant, seed))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return {**{f"loss_{frames}": seed + 0.5 for frames in ablations.LENGTHS}, **{name.removesuffix("_ok"): 0.25 for name in ablations.JUDGED}}
+    monkeypatch.setattr(common, "in_fresh_process", fresh)
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, ablations, *options)
+    call(monkeypatch, ablations, *options, "--minutes", 0)
+    assert calls == [("default", 0), ("DiT", 0), ("default", 1)]
+    call(monkeypatch, ablations, *options)
+    assert calls[3:] == [("default", 1), ("DiT", 1)]
+    rows = common.Table(tmp_path / "ablations_summary.csv", resume=True).rows
+    assert [row["loss_16"] for row in rows] == ["1.0000 ± 0.7071"] * 2 and rows[0]["joint"] == "0.25 ± 0.00"
+    with pytest.raises(SystemExit):
+        call(monkeypatch, ablations, *options, "--steps", 7)
+
+
+def test_adapt_moves_to_clips_four_times_as_long(monkeypatch):
+    monkeypatch.setattr(train_tiny, "STAGES", train_tiny.STAGES)
+    monkeypatch.setattr(train_tiny, "LONG_EVERY", train_tiny.LONG_EVERY)
+    runs, init = [], train_tiny.Run.__init__
+    monkeypatch.setattr(train_tiny.Run, "__init__", lambda self, *args: runs.append(self) or init(self, *args))
+    monkeypatch.setattr(train_tiny.Run, "advance", lambda self: self.losses.append(train_tiny.training_batch(
+        len(self.losses), self.settings["steps"], 0)[0].shape) or None)
+    monkeypatch.setattr(ablations, "validation_loss", lambda model, frames: (frames, len(runs[-1].losses)))
+    losses = adapt.child("DiT", 0, 4, 20, 5)
+    frames = [shape[2] for shape in runs[0].losses]
+    assert losses == [(16, 20), (16, 25), (16, 30), (16, 35), (16, 40)] and len(frames) == 40
+    assert set(frames[:4]) == {1} and 4 in frames[4:20] and 16 not in frames[:20] and set(frames[20:]) == {1, 16}
+    assert runs[0].model.config.grid == (1, 8, 8) and train_tiny.learning_rate(39, 80, 1.0) == 40 / 50
+
+
+def test_minute_counts_seconds_and_films(monkeypatch, tmp_path):
+    def score(model, n, frames, options, held_out_only, seed):
+        good = torch.ones(n, frames, dtype=torch.bool)
+        good[0, 17] = False                                             # one frame of one film, in its second second
+        return [dict(good=row) for row in good], dict(joint=(n - 1) / n, low=0.3, high=0.9)
+    monkeypatch.setattr(judge, "score", score)
+    monkeypatch.setattr(common, "in_fresh_process", lambda script, checkpoint, frames: dict(seconds=1.23, mib=99.9))
+    call(monkeypatch, minute, "--frames", 32, 64, "--captions", 2, "--device", "cpu", "--out", tmp_path, "--plot", tmp_path / "plot.png")
+    rows = common.Table(tmp_path / "minute.csv", resume=True).rows
+    assert [(row["seconds_right"], row["all_right"], row["peak_mib"]) for row in rows] == [("75.0 %", "50.0 %", "100"), ("87.5 %", "50.0 %", "100")]
+    assert [row["right"] for row in common.Table(tmp_path / "minute_by_second.csv", resume=True).rows] == ["1.0", "0.5", "1.0", "1.0"]
+
+
+def test_minute_makes_a_clip_by_sample_py():
+    one = common.in_fresh_process(minute.__file__, checkpoint=str(ROOT / "assets" / "tiny.pt"), frames=4)
+    assert one["seconds"] > 0 and one["mib"] > 100
