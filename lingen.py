@@ -433,11 +433,11 @@ def main():
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--mixer", choices=("mate", "attention"), default="mate", help="attention: the DiT that the paper compares with")
     parser.add_argument("--size", type=int, nargs=3, metavar=("FRAMES", "HEIGHT", "WIDTH"),
-                        help="of the clip, in the model's pixels or latents (default: what its position tables are made for)")
+                        help="of the clip, in the model's pixels or latents (default: what its position tables are made for, or 4 x 8 x 8 tokens)")
     parser.add_argument("--out", default="lingen_block.png", help="the picture of the block (default lingen_block.png)")
     args = parser.parse_args()
     config = preset(args.preset, mixer=args.mixer, **({"vocab_size": 40} if args.preset == "tiny" else {}))
-    size = args.size or [p * (g or 4) for p, g in zip(config.patch, config.grid)]
+    size = args.size or [p * (g or some) for p, g, some in zip(config.patch, config.grid, (4, 8, 8))]
     if not 1 <= min(size) <= max(size) <= 10**5:
         parser.error(f"--size {' '.join(map(str, size))}: 1 to 100000 along an axis")
     if not args.out.endswith(".png") or os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(args.out) or "."):
