@@ -97,7 +97,8 @@ def draw(rows):
                 axis.plot(values, [place] * len(values), "o", color=common.COLOURS[0], alpha=0.6)
                 if values:
                     axis.plot([statistics.mean(values)], [place], "|", color=common.COLOURS[1], markersize=16, markeredgewidth=2)
-            axis.set(title=name.replace("_", ", ") + (" frames" if "loss" in name else " right"), yticks=range(len(VARIANTS)), yticklabels=VARIANTS)
+            axis.set(title=name.replace("_", ", ") + (" frames" if "loss" in name else " right"), yticks=range(len(VARIANTS)),
+                     yticklabels=VARIANTS)
             axis.invert_yaxis()
             if axis is not axes[0]:
                 axis.set_yticklabels([])
@@ -109,7 +110,8 @@ def main():
     parser.add_argument("--steps", type=int, default=200, help="of training, for each row (default 200)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--captions", type=int, default=16, help="sampled and judged for each row (default 16)")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="VARIANT", help=f"of: {', '.join(VARIANTS)} (default all)")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="VARIANT",
+                        help=f"of: {', '.join(VARIANTS)} (default all)")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no row after so many minutes; rows in the CSV are not made again")
     parser.add_argument("--workers", type=int, default=1, help="rows at a time, each on one thread (default 1)")
     parser.add_argument("--out", default=str(common.RESULTS), help="folder of the CSV files")

@@ -30,11 +30,12 @@ MODELS = {"LinGen": "mate", "DiT": "attention"}
 def child(model, seed, frames, steps, every):
     """One run, in this process: the loss on long clips after 0, every, 2 every, ... steps on them."""
     torch.set_float32_matmul_precision("medium")
-    planned, clips = 4 * steps, 256 // frames                                   # the plateau of the learning rate ends at 0.6 of it
+    planned, clips = 4 * steps, 256 // frames                   # the plateau of the learning rate ends at 0.6 of it
     config = preset("tiny", vocab_size=len(train_tiny.VOCABULARY), mixer=MODELS[model], grid=(frames // 4, 8, 8))
     run = train_tiny.Run(config, dict(steps=planned, seed=seed, objects=1, rate=2e-3), torch.device("cpu"))
     # The same share of steps on pictures as in the recipe; no short clips among the long: they would blur the move.
-    train_tiny.STAGES = (train_tiny.Stage(1, 64, 0.05), train_tiny.Stage(frames, clips, 0.20), train_tiny.Stage(4 * frames, clips // 4, 0.75))
+    stage = train_tiny.Stage
+    train_tiny.STAGES = (stage(1, 64, 0.05), stage(frames, clips, 0.20), stage(4 * frames, clips // 4, 0.75))
     train_tiny.LONG_EVERY = 1
     losses = []
     for step in tqdm(range(2 * steps + 1), desc=f"{model}, seed {seed}", leave=False, disable=None):
@@ -74,15 +75,17 @@ def main():
     curves = common.Table(Path(args.out) / "adapt_curves.csv", quiet=True)
     for seed in tqdm(range(args.seeds), unit="seed", leave=False, disable=None):
         for model in MODELS:
-            losses = common.in_fresh_process(__file__, threads=1, model=model, seed=seed, frames=args.frames, steps=args.steps, every=args.every)
+            losses = common.in_fresh_process(__file__, threads=1, model=model, seed=seed, frames=args.frames, steps=args.steps,
+                                             every=args.every)
             for number, loss in enumerate(losses):
                 curves.add(model=model, seed=seed, step=number * args.every, loss=round(loss, 5))
     curves.wrote()
     table = common.Table(Path(args.out) / "adapt.csv")
     steps = sorted({int(row["step"]) for row in curves.rows})
     for step in steps[:: max(1, len(steps) // 5)]:
-        mean = {model: statistics.mean(float(row["loss"]) for row in curves.rows if row["model"] == model and int(row["step"]) == step) for model in MODELS}
-        table.add(step=step, **{f"{model.lower()}_loss": round(loss, 4) for model, loss in mean.items()}, dit_over_lingen=round(mean["DiT"] / mean["LinGen"], 3))
+        here = [row for row in curves.rows if int(row["step"]) == step]
+        ours, dit = (statistics.mean(float(row["loss"]) for row in here if row["model"] == model) for model in MODELS)
+        table.add(step=step, lingen_loss=round(ours, 4), dit_loss=round(dit, 4), dit_over_lingen=round(dit / ours, 3))
     table.wrote()
     common.plot(args.plot, draw(curves.rows))
 

@@ -19,11 +19,11 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from benchmarks import common  # noqa: E402
-from lingen import preset  # noqa: E402
 from scan import SCANS, places  # noqa: E402
 from tesa import windows  # noqa: E402
 
 WITHIN = (1, 2, 8, 32, 128)
+DRAWN = ("spatial-row", "temporal-row", "zigzag", "RMS", "zigzag + TESA", "RMS + TESA")
 OFFSETS = [o for o in itertools.product((-1, 0, 1), repeat=3) if o > (0, 0, 0)]     # 13: of each pair, one direction
 
 
@@ -52,7 +52,7 @@ def draw(rows):
     def panels(*axes):
         for axis, kind, title in zip(axes, ("faces", "all"), ("6 neighbours (faces)", "26 neighbours (and edges, corners)")):
             for row in rows:
-                if row["neighbours"] == kind and row["order"] in ("spatial-row", "temporal-row", "zigzag", "RMS", "zigzag + TESA", "RMS + TESA"):
+                if row["neighbours"] == kind and row["order"] in DRAWN:
                     line = [float(row[f"within_{k}"]) for k in WITHIN]
                     axis.semilogx(WITHIN, line, marker="o", label=row["order"], linestyle="--" if "TESA" in row["order"] else "-")
             axis.set(title=title, xlabel="within k places", ylabel="% of pairs", ylim=(0, 103))
@@ -63,7 +63,8 @@ def draw(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=int, nargs=3, default=[34, 32, 32], metavar=("T", "H", "W"), help="of tokens (default 34 32 32)")
-    parser.add_argument("--window", type=int, nargs=3, default=list(preset("4b").window), metavar=("T", "H", "W"), help="of TESA (default: the 4B preset's)")
+    parser.add_argument("--window", type=int, nargs=3, default=[8, 4, 4], metavar=("T", "H", "W"),
+                        help="of TESA (default 8 4 4, the preset 4b's)")
     parser.add_argument("--out", default=str(common.RESULTS / "adjacency.csv"))
     parser.add_argument("--plot", default=str(common.ASSETS / "adjacency.png"))
     args = parser.parse_args()

@@ -107,8 +107,11 @@ class Table:
         cells = {key: "" if value is None else str(value) for key, value in row.items()}
         self.rows.append(cells)
         if not self.quiet:
-            first, self.widths = not self.widths, self.widths or [max(len(key), len(text), 8 if i else 24) + 2 for i, (key, text) in enumerate(cells.items())]
-            for texts in ([row] if first else []) + [cells.values()]:
+            lines = [cells.values()]
+            if not self.widths:
+                self.widths = [max(len(key), len(text), 8 if i else 24) + 2 for i, (key, text) in enumerate(cells.items())]
+                lines = [row, *lines]
+            for texts in lines:
                 tqdm.write("".join(f"{text:{'>' if i else '<'}{width}}" for i, (text, width) in enumerate(zip(texts, self.widths))))
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in self.rows for key in row)), lineterminator="\n")

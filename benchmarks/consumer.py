@@ -93,8 +93,10 @@ def main():
         for name in tqdm(PRESETS, unit="preset", leave=False, disable=None):
             points = []
             for width, seconds in POINTS:
-                points.append(common.in_fresh_process(__file__, preset=name, width=width, seconds=seconds))
-                peaks.add(preset=name, width=width, tokens=points[-1][0] // width, mib=round(points[-1][1] * 4 / 2**20), per_token_width=round(points[-1][1] / points[-1][0], 1))
+                size, numbers = common.in_fresh_process(__file__, preset=name, width=width, seconds=seconds)
+                points.append((size, numbers))
+                peaks.add(preset=name, width=width, tokens=size // width, mib=round(numbers * 4 / 2**20),
+                          per_token_width=round(numbers / size, 1))
             held[name], miss = fit(points)
             tqdm.write(f"{name}: {held[name]:.1f} numbers per token and width; the fit misses a peak by {100 * miss:.0f} % at most\n")
         peaks.wrote()
@@ -108,7 +110,8 @@ def main():
                 if args.device == "cuda":
                     found[pixels] = common.in_fresh_process(__file__, preset=name, pixels=pixels, card=card)
                 else:
-                    per_second = common.tokens(model.config, common.clip_shape(model.config, 1, pixels)) * model.config.d_model * held[name] * 2 * 2
+                    size = common.tokens(model.config, common.clip_shape(model.config, 1, pixels)) * model.config.d_model
+                    per_second = 2 * size * held[name] * 2                          # two clips, of numbers of two bytes
                     found[pixels] = max(0, min(MOST, int(((card - RESERVED) * 2**30 - weights) / per_second)))
             table.add(card_gib=card, preset=name, weights_gib=round(weights / 2**30, 1), **{f"longest_{p}p_s": found[p] for p in PIXELS},
                       source="measured" if args.device == "cuda" else "model")

@@ -33,7 +33,8 @@ DEPENDS = {"as above": ({}, {}, 1), "expand=1": (dict(expand=1.0, depth=31), {},
            "16:9": ({}, {}, 16 / 9), "autoencoder 4x in time": ({}, {}, 2),
            "3072 wide": (dict(d_model=3072, nheads=24, depth=16), dict(d_model=3072, nheads=24, depth=20), 1),
            "1536 wide": (dict(d_model=1536, nheads=12, depth=62), dict(d_model=1536, nheads=12, depth=81), 1),
-           "1536 wide, expand=1, 16:9": (dict(d_model=1536, nheads=12, depth=70, expand=1.0), dict(d_model=1536, nheads=12, depth=81), 16 / 9)}
+           "1536 wide, expand=1, 16:9": (dict(d_model=1536, nheads=12, depth=70, expand=1.0), dict(d_model=1536, nheads=12, depth=81),
+                                         16 / 9)}
 
 
 def operations(config, latent, words=256):
@@ -70,7 +71,8 @@ def main():
     for size, seconds in tqdm([(p, s) for p in PIXELS for s in SECONDS], leave=False, disable=None):
         latent = common.clip_shape(configs["LinGen-4B"], seconds, size)
         ours, dit = (operations(config, latent) / 1e12 for config in configs.values())
-        table.add(pixels=size, seconds=seconds, tokens=common.tokens(configs["LinGen-4B"], latent), lingen_tflop=round(ours, 1), dit_tflop=round(dit, 1), ratio=round(dit / ours, 2))
+        table.add(pixels=size, seconds=seconds, tokens=common.tokens(configs["LinGen-4B"], latent), lingen_tflop=round(ours, 1),
+                  dit_tflop=round(dit, 1), ratio=round(dit / ours, 2))
     table.wrote()
     print("What the ratio at 512p and 68 s depends on (paper: 15)\n")
     table = common.Table(Path(args.out) / "cost_depends.csv")
@@ -79,7 +81,8 @@ def main():
         frames, height, width = common.clip_shape(ours, 68, 512)
         latent = (2 * frames, height, width) if more == 2 else (frames, height, round(width * more / 2) * 2)
         count = [operations(config, latent) / 1e12 for config in (ours, dit)]
-        table.add(change=change, tokens=common.tokens(ours, latent), lingen_billion=round(parameters(ours) / 1e9, 2), dit_billion=round(parameters(dit) / 1e9, 2),
+        table.add(change=change, tokens=common.tokens(ours, latent), lingen_billion=round(parameters(ours) / 1e9, 2),
+                  dit_billion=round(parameters(dit) / 1e9, 2),
                   lingen_tflop=round(count[0], 1), dit_tflop=round(count[1], 1), ratio=round(count[1] / count[0], 2))
     table.wrote()
 

@@ -53,11 +53,12 @@ def draw(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=SECONDS, default="tiny")
-    parser.add_argument("--seconds", type=int, nargs="+", help="lengths of the clips, at 16 frames a second (tiny: 1 4 17 68 272; others: 17 68)")
+    parser.add_argument("--seconds", type=int, nargs="+",
+                        help="lengths of the clips, at 16 frames a second (default: 1 4 17 68 272 for tiny, 17 68 for the others)")
     parser.add_argument("--pixels", type=int, default=512, help="height and width of the clip, for presets of latents (default 512)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: in bfloat16")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each point, at most (default 5)")
-    parser.add_argument("--limit", type=float, default=120, help="attention stops where a step would take more seconds than this (default 120)")
+    parser.add_argument("--limit", type=float, default=120, help="no step of attention that would take more seconds (default 120)")
     parser.add_argument("--out", default=str(common.RESULTS), help="folder of the CSV")
     parser.add_argument("--plot", help="the plot, a PNG (default: assets/length.png for the tiny preset on the CPU, else none)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -70,6 +71,7 @@ def main():
         parser.error("--pixels must be a multiple of 16 up to 4096, --seconds and --repeats at least 1")
     table = common.Table(Path(args.out) / f"length_{args.preset}_{args.device}.csv")
     config = common.build(args.preset, "meta").config
+    three = lambda value: float(f"{value:.3g}")                      # significant digits
     last = None                                                     # (tokens, seconds) of attention's longest run so far
     for length in tqdm(args.seconds or SECONDS[args.preset], unit="length", leave=False, disable=None):
         shape = common.clip_shape(config, length, args.pixels)
@@ -81,11 +83,10 @@ def main():
                                                    device=args.device, repeats=args.repeats)
         if "attention" in found:
             last = n, found["attention"]["seconds"]
-        show = lambda mixer, key, digits, found=found: float(f"{found[mixer][key]:.{digits}g}") if mixer in found else None
-        table.add(seconds=length, frames=16 * length, tokens=n, mate_s=show("mate", "seconds", 3), attention_s=show("attention", "seconds", 3),
-                  ratio=round(found["attention"]["seconds"] / found["mate"]["seconds"], 2) if "attention" in found else None,
-                  mate_mib=round(found["mate"]["mib"]), attention_mib=round(found["attention"]["mib"]) if "attention" in found else None,
-                  us_per_token=round(1e6 * found["mate"]["seconds"] / n, 1))
+        mate, dit = found["mate"], found.get("attention")
+        table.add(seconds=length, frames=16 * length, tokens=n, mate_s=three(mate["seconds"]), attention_s=dit and three(dit["seconds"]),
+                  ratio=dit and round(dit["seconds"] / mate["seconds"], 2), mate_mib=round(mate["mib"]),
+                  attention_mib=dit and round(dit["mib"]), us_per_token=round(1e6 * mate["seconds"] / n, 1))
     table.wrote()
     picture = args.plot or (common.ASSETS / "length.png" if (args.preset, args.device) == ("tiny", "cpu") else None)
     if picture:

@@ -48,7 +48,8 @@ def draw(curve):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(ROOT / "assets" / "tiny.pt"))
-    parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 272, 1088], help="lengths, in whole seconds of 16 frames (default 16 64 272 1088)")
+    parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 272, 1088],
+                        help="lengths, in whole seconds of 16 frames (default 16 64 272 1088)")
     parser.add_argument("--captions", type=int, default=8, help="how many to judge at each length (default 8)")
     parser.add_argument("--held-out", action="store_true", help="captions whose combination was kept from training")
     parser.add_argument("--seed", type=int, default=0, help="of captions and noise")
@@ -67,10 +68,11 @@ def main():
     table = common.Table(Path(args.out) / "minute.csv")
     for frames in tqdm(args.frames, unit="length", leave=False, disable=None):
         one = common.in_fresh_process(__file__, checkpoint=args.checkpoint, frames=frames)
-        records, result = judge.score(model, args.captions, frames, sample.steps_for(frames, checkpoint["sampling"]), held_out_only=args.held_out, seed=args.seed)
+        options = sample.steps_for(frames, checkpoint["sampling"])
+        records, result = judge.score(model, args.captions, frames, options, held_out_only=args.held_out, seed=args.seed)
         seconds = torch.stack([record["good"].view(-1, 16).all(1) for record in records])       # (captions, seconds)
-        table.add(frames=frames, seconds_of_film=frames // 16, seconds_to_make=round(one["seconds"], 1), peak_mib=round(one["mib"]), captions=args.captions,
-                  seconds_right=f"{100 * seconds.double().mean():.1f} %", all_right=f"{100 * result['joint']:.1f} %",
+        table.add(frames=frames, seconds_of_film=frames // 16, seconds_to_make=round(one["seconds"], 1), peak_mib=round(one["mib"]),
+                  captions=args.captions, seconds_right=f"{100 * seconds.double().mean():.1f} %", all_right=f"{100 * result['joint']:.1f} %",
                   interval=f"{100 * result['low']:.0f} to {100 * result['high']:.0f}")
         curve = seconds.double().mean(0).tolist()
     table.wrote()

@@ -44,8 +44,8 @@ def main():
         model = common.build(args.preset, args.device, dtype, **common.VARIANTS[name], **depth)
         shape = common.clip_shape(model.config, args.seconds, args.pixels)
         steps[name] = common.denoising_step(model, shape)
-    print(f"{args.preset}, {model.config.depth} blocks of {model.config.d_model}, {common.tokens(model.config, shape):,} tokens, {args.device}, "
-          f"{torch.get_num_threads()} threads\n")
+    print(f"{args.preset}, {model.config.depth} blocks of {model.config.d_model}, {common.tokens(model.config, shape):,} tokens, "
+          f"{args.device}, {torch.get_num_threads()} threads\n")
     taken = {name: [] for name in PAPER}
     for round_ in tqdm(range(args.rounds + 1), unit="round", leave=False, disable=None):
         for name, step in steps.items():
