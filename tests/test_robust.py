@@ -167,8 +167,8 @@ def test_killed_it_ends_with_the_same_bits(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks, which this system has not")
 def test_killed_sixty_times_it_ends_with_the_same_bits(tmp_path):
-    survived, seen = survive(tmp_path, 60, 150, 1)
-    print(f"{survived} kills survived, at {len(seen)} different steps of 150")
+    survived, seen = survive(tmp_path, 60, 100, 1)
+    print(f"{survived} kills survived, at {len(seen)} different steps of 100")
     assert survived == 60 and len(seen) >= 20
 
 
