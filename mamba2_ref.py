@@ -8,6 +8,11 @@ chunks that use the matrix inside and the recurrence between. Per head, with a_t
     quadratic   y   = (L o C B^T)(dt x) + D x                    L_ij = exp(a_{j+1} + ... + a_i), i >= j
     chunked     the quadratic form inside each chunk of Q tokens, one state per chunk for the past
 
+In words: the state h is a small matrix. Each token fades it by exp(a_t), writes x_t into it at the address B_t, and
+reads it at the address C_t. *Selective* means that dt, B and C are made from the token itself (`Mamba2` below): it
+decides how much to forget (a large dt forgets and writes much, dt near 0 lets the token pass by), where to write and
+what to read. In the matrix L_ij is what is left of token j when token i reads, and C_i B_j how well their addresses meet.
+
 All three are the same function. The recurrence in float64 judges the others; the chunked form costs
 O(length) and is the one that LinGen runs. Read in this order: `ssd_recurrent` (what), `ssd_quadratic`
 (why it is attention), `ssd_chunked_plain` (why it is linear), and only then `_ChunkedScan`, which is the

@@ -47,6 +47,14 @@ def test_choices_name_switches_that_exist():
                 assert name in fields or name in importlib.import_module("sample").LIMITS or any(hasattr(importlib.import_module(m), name) for m in MODULES) or f" {name} = " in (ROOT / "mamba2_ref.py").read_text(), name
 
 
+def test_every_exercise_has_its_solution():
+    if "### Exercises\n" not in README:
+        pytest.skip("the README has no exercises yet")
+    numbers = re.findall(r"^\| (\d+) \|", section("Exercises"), re.M)
+    solved = re.findall(r"^def test_(\d+)_", (ROOT / "tests" / "test_exercises.py").read_text(), re.M)
+    assert numbers and sorted(numbers, key=int) == sorted(solved, key=int)
+
+
 def test_pictures_and_files_are_there():
     for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README) + re.findall(r"`((?:benchmarks|tests|assets)/[\w./-]+)`", README):
         assert (ROOT / path).exists(), path
