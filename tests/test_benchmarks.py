@@ -179,7 +179,7 @@ def test_adjacency_is_that_of_a_count_by_hand(monkeypatch, tmp_path):
     at = {order: places(order, grid) for order in ("spatial-row", "spatial-column", "temporal-row", "temporal-column", "zigzag")}
     cut = [windows(grid, window, shift) for shift in ((0, 0, 0), (1, 1, 2))]
     for kind in ("faces", "all"):
-        near, tesa, pairs = {order: 0 for order in (*at, "RMS")}, 0, 0
+        near, tesa, pairs = {(order, k): 0 for order in (*at, "RMS") for k in adjacency.WITHIN}, 0, 0
         for a, b in itertools.combinations(cells, 2):
             steps = [abs(i - j) for i, j in zip(a, b)]
             if max(steps) > 1 or (kind == "faces" and sum(steps) > 1):
@@ -187,11 +187,11 @@ def test_adjacency_is_that_of_a_count_by_hand(monkeypatch, tmp_path):
             pairs += 1
             apart = {order: abs(int(place[a] - place[b])) for order, place in at.items()}
             apart["RMS"] = min(apart[order] for order in apart if order != "zigzag")
-            for order, distance in apart.items():
-                near[order] += distance <= 2
+            for order, k in near:
+                near[order, k] += apart[order] <= k
             tesa += any(number[a] == number[b] for number in cut)
-        for order, count in near.items():
-            assert float(rows[order, kind]["within_2"]) == round(100 * count / pairs, 1), order
+        for (order, k), count in near.items():
+            assert float(rows[order, kind][f"within_{k}"]) == round(100 * count / pairs, 1), (order, k)
         assert float(rows["TESA", kind]["within_1"]) == round(100 * tesa / pairs, 1)
         assert float(rows["RMS + TESA", kind]["within_1"]) >= max(float(rows[name, kind]["within_1"]) for name in ("RMS", "TESA"))
 
