@@ -76,38 +76,7 @@ class LinGenConfig:
     backend: str = "auto"               # "torch", "mamba_ssm" or "auto": see mamba2_ref.choose_backend
 
     def __post_init__(self):
-        for name, least in (("patch", 1), ("grid", 0), ("pool", 1), ("window", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, (tuple, list)) or len(value) != 3 or any(type(v) is not int or not least <= v <= MOST for v in value):
-                raise ValueError(f"{name} must be three whole numbers (t, h, w) from {least} to {MOST}, got {value!r:.60}")
-            object.__setattr__(self, name, tuple(value))
-        for name in ("channels", "text_length", "d_model", "depth", "nheads", "d_state", "headdim", "ngroups", "d_conv", "chunk_size", "vocab_size", "text_dim"):
-            value, least = getattr(self, name), 0 if name in ("vocab_size", "text_dim") else 1
-            if type(value) is not int or not least <= value <= MOST:
-                raise ValueError(f"{name} must be a whole number from {least} to {MOST}, got {value!r:.60}")
-        for name in ("mlp_ratio", "expand"):
-            if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) <= 1000:
-                raise ValueError(f"{name} must be a number above 0, 1000 at most, got {getattr(self, name)!r:.60}")
-        for name in ("ma", "tesa", "review"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r:.60}")
-        choices = {"predicts": ("clean", "pixels", "velocity"), "mixer": ("mate", "attention"), "scan": ("rotary", "zigzag", *SCANS),
-                   "backend": ("auto", "torch", "mamba_ssm")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r:.60}")
-        if self.d_model % self.nheads:
-            raise ValueError(f"d_model must be a multiple of nheads, got d_model={self.d_model}, nheads={self.nheads}")
-        if not self.mlp_ratio * self.d_model >= 1 or not self.expand * self.d_model >= 1 or int(self.expand * self.d_model) % self.headdim:
-            raise ValueError("mlp_ratio and expand must be positive, and expand * d_model a multiple of headdim: got "
-                             f"mlp_ratio={self.mlp_ratio}, expand={self.expand}, d_model={self.d_model}, headdim={self.headdim}")
-        if int(self.expand * self.d_model) // self.headdim % self.ngroups:
-            raise ValueError(f"ngroups must divide the heads of Mamba2, expand * d_model / headdim: got ngroups={self.ngroups}")
-        if (self.vocab_size > 0) == (self.text_dim > 0):
-            raise ValueError("captions are either words (vocab_size > 0) or embeddings (text_dim > 0): "
-                             f"got vocab_size={self.vocab_size}, text_dim={self.text_dim}")
-        if self.mixer == "mate" and not (self.ma or self.tesa):
-            raise ValueError("MATE without both of its branches mixes nothing: keep ma or tesa")
+        check_config(self)      # at the end of this file
 
     def order(self, layer):
         """The scan order of a layer: Rotary Major Scan takes l mod 4 (fig. 4)."""
@@ -158,11 +127,6 @@ def review_tokens(grid, pool):
         return pooled.permute(0, 2, 3, 4, 1)
     b, t, h, w, d = grid.shape
     return grid.reshape(b, t // pool[0], pool[0], h // pool[1], pool[1], w // pool[2], pool[2], d).mean((2, 4, 6))
-
-
-def _what(x):
-    """What came in, for a message: (2, 3) torch.float32 on cpu, or the type of what is no tensor."""
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
 
 
 class MATE(nn.Module):
@@ -303,7 +267,7 @@ class LinGen(nn.Module):
         config.predicts says.
         Raises ValueError where something does not fit.
         """
-        self._check(clip, t, text)
+        check_inputs(self, clip, t, text)
         still = clip.shape[2] == 1 and self.config.patch[0] > 1
         if still:                                               # an image fills its patch as a clip that stands still
             clip = clip.expand(-1, -1, self.config.patch[0], -1, -1)
@@ -336,31 +300,6 @@ class LinGen(nn.Module):
             words = self.reader(words, src_key_padding_mask=torch.zeros_like(mask, dtype=words.dtype).masked_fill(~mask, -math.inf))
         return words, mask
 
-    def _check(self, clip, t, text):
-        c, weight = self.config, self.patch_in.weight
-        if not isinstance(clip, torch.Tensor) or clip.dim() != 5 or clip.shape[1] != c.channels or not clip.is_floating_point() or 0 in clip.shape:
-            raise ValueError(f"clip must be floating point (batch, {c.channels}, frames, height, width), got {_what(clip)}")
-        autocast = clip.device.type != "meta" and torch.is_autocast_enabled(clip.device.type)
-        if clip.dtype != weight.dtype and not autocast:
-            raise ValueError(f"clip is {clip.dtype}, the model's weights are {weight.dtype}: convert one with .to(...), or use torch.autocast")
-        for name, size, p in zip(("frames", "height", "width"), clip.shape[2:], c.patch):
-            if size % p and not (name == "frames" and size == 1):
-                raise ValueError(f"{name}={size} must be a multiple of the patch ({p}){' or 1, a still image' if name == 'frames' else ''}: "
-                                 f"take {f'{size // p * p} or ' if size > p else ''}{(size // p + 1) * p}")
-        if not isinstance(t, torch.Tensor) or t.shape != clip.shape[:1] or not t.is_floating_point():
-            raise ValueError(f"t must be floating point, one time per clip ({len(clip)},), got {_what(t)}")
-        if not isinstance(text, torch.Tensor) or not clip.device == t.device == text.device == weight.device:
-            raise ValueError(f"clip, t, text and the model must be tensors on one device, got {_what(clip)}, {_what(t)}, {_what(text)}, and the model on {weight.device}")
-        if c.vocab_size:
-            if text.dim() != 2 or len(text) != len(clip) or text.dtype not in (torch.int32, torch.int64):
-                raise ValueError(f"text must be word numbers ({len(clip)}, n), int64 or int32, got {_what(text)}")
-            if text.device.type == "cpu" and text.numel() and not 0 <= text.min() <= text.max() <= c.vocab_size:
-                raise ValueError(f"word numbers must lie in 0 ... {c.vocab_size}, got {text.min()} to {text.max()}")
-        elif text.dim() != 3 or len(text) != len(clip) or text.shape[2] != c.text_dim or not text.is_floating_point():
-            raise ValueError(f"text must be embeddings ({len(clip)}, n, {c.text_dim}), got {_what(text)}")
-        if text.shape[1] > c.text_length:
-            raise ValueError(f"the caption has {text.shape[1]} words, this model reads {c.text_length} at most")
-
 
 def pixels(out, clip, t):
     """The clean clip of pixels between -1 and 1: what the network says of each, plus what the noisy pixel itself says.
@@ -387,6 +326,77 @@ def time_embedding(t):
     frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device, dtype=torch.float32))
     angles = 1000 * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+# --- Errors that say what came in and what was expected ---------------------------------------------------------
+
+
+def check_config(c):
+    """ValueError for the first field of a LinGenConfig that cannot be right; lists become tuples."""
+    for name, least in (("patch", 1), ("grid", 0), ("pool", 1), ("window", 1)):
+        value = getattr(c, name)
+        if not isinstance(value, (tuple, list)) or len(value) != 3 or any(type(v) is not int or not least <= v <= MOST for v in value):
+            raise ValueError(f"{name} must be three whole numbers (t, h, w) from {least} to {MOST}, got {value!r:.60}")
+        object.__setattr__(c, name, tuple(value))
+    for name in ("channels", "text_length", "d_model", "depth", "nheads", "d_state", "headdim", "ngroups", "d_conv", "chunk_size", "vocab_size", "text_dim"):
+        value, least = getattr(c, name), 0 if name in ("vocab_size", "text_dim") else 1
+        if type(value) is not int or not least <= value <= MOST:
+            raise ValueError(f"{name} must be a whole number from {least} to {MOST}, got {value!r:.60}")
+    for name in ("mlp_ratio", "expand"):
+        if type(getattr(c, name)) not in (int, float) or not 0 < getattr(c, name) <= 1000:
+            raise ValueError(f"{name} must be a number above 0, 1000 at most, got {getattr(c, name)!r:.60}")
+    for name in ("ma", "tesa", "review"):
+        if type(getattr(c, name)) is not bool:
+            raise ValueError(f"{name} must be True or False, got {getattr(c, name)!r:.60}")
+    choices = {"predicts": ("clean", "pixels", "velocity"), "mixer": ("mate", "attention"), "scan": ("rotary", "zigzag", *SCANS),
+               "backend": ("auto", "torch", "mamba_ssm")}
+    for name, allowed in choices.items():
+        if getattr(c, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(c, name)!r:.60}")
+    if c.d_model % c.nheads:
+        raise ValueError(f"d_model must be a multiple of nheads, got d_model={c.d_model}, nheads={c.nheads}")
+    if not c.mlp_ratio * c.d_model >= 1 or not c.expand * c.d_model >= 1 or int(c.expand * c.d_model) % c.headdim:
+        raise ValueError("mlp_ratio and expand must be positive, and expand * d_model a multiple of headdim: got "
+                         f"mlp_ratio={c.mlp_ratio}, expand={c.expand}, d_model={c.d_model}, headdim={c.headdim}")
+    if int(c.expand * c.d_model) // c.headdim % c.ngroups:
+        raise ValueError(f"ngroups must divide the heads of Mamba2, expand * d_model / headdim: got ngroups={c.ngroups}")
+    if (c.vocab_size > 0) == (c.text_dim > 0):
+        raise ValueError("captions are either words (vocab_size > 0) or embeddings (text_dim > 0): "
+                         f"got vocab_size={c.vocab_size}, text_dim={c.text_dim}")
+    if c.mixer == "mate" and not (c.ma or c.tesa):
+        raise ValueError("MATE without both of its branches mixes nothing: keep ma or tesa")
+
+
+def check_inputs(model, clip, t, text):
+    """ValueError where clip, t and text do not fit each other or the model: see LinGen.forward."""
+    c, weight = model.config, model.patch_in.weight
+    if not isinstance(clip, torch.Tensor) or clip.dim() != 5 or clip.shape[1] != c.channels or not clip.is_floating_point() or 0 in clip.shape:
+        raise ValueError(f"clip must be floating point (batch, {c.channels}, frames, height, width), got {_what(clip)}")
+    autocast = clip.device.type != "meta" and torch.is_autocast_enabled(clip.device.type)
+    if clip.dtype != weight.dtype and not autocast:
+        raise ValueError(f"clip is {clip.dtype}, the model's weights are {weight.dtype}: convert one with .to(...), or use torch.autocast")
+    for name, size, p in zip(("frames", "height", "width"), clip.shape[2:], c.patch):
+        if size % p and not (name == "frames" and size == 1):
+            raise ValueError(f"{name}={size} must be a multiple of the patch ({p}){' or 1, a still image' if name == 'frames' else ''}: "
+                             f"take {f'{size // p * p} or ' if size > p else ''}{(size // p + 1) * p}")
+    if not isinstance(t, torch.Tensor) or t.shape != clip.shape[:1] or not t.is_floating_point():
+        raise ValueError(f"t must be floating point, one time per clip ({len(clip)},), got {_what(t)}")
+    if not isinstance(text, torch.Tensor) or not clip.device == t.device == text.device == weight.device:
+        raise ValueError(f"clip, t, text and the model must be tensors on one device, got {_what(clip)}, {_what(t)}, {_what(text)}, and the model on {weight.device}")
+    if c.vocab_size:
+        if text.dim() != 2 or len(text) != len(clip) or text.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"text must be word numbers ({len(clip)}, n), int64 or int32, got {_what(text)}")
+        if text.device.type == "cpu" and text.numel() and not 0 <= text.min() <= text.max() <= c.vocab_size:
+            raise ValueError(f"word numbers must lie in 0 ... {c.vocab_size}, got {text.min()} to {text.max()}")
+    elif text.dim() != 3 or len(text) != len(clip) or text.shape[2] != c.text_dim or not text.is_floating_point():
+        raise ValueError(f"text must be embeddings ({len(clip)}, n, {c.text_dim}), got {_what(text)}")
+    if text.shape[1] > c.text_length:
+        raise ValueError(f"the caption has {text.shape[1]} words, this model reads {c.text_length} at most")
+
+
+def _what(x):
+    """What came in, for a message: (2, 3) torch.float32 on cpu, or the type of what is no tensor."""
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
 
 
 # --- The demonstration: what flows through a block, and what it costs ---------------------------------------
