@@ -15,8 +15,8 @@ what to read. In the matrix L_ij is what is left of token j when token i reads, 
 
 All three are the same function. The recurrence in float64 judges the others; the chunked form costs
 O(length) and is the one that LinGen runs. Read in this order: `ssd_recurrent` (what), `ssd_quadratic`
-(why it is attention), `ssd_chunked_plain` (why it is linear), and only then `_ChunkedScan`, which is the
-plain form again, arranged for speed and with its gradient written by hand.
+(why it is attention), `ssd_chunked_plain` (why it is linear), the layers; and last, for the curious,
+`_ChunkedScan`, which is the plain form again, arranged for speed and with its gradient written by hand.
 
     b batch    l length    h heads    p headdim    n d_state    g groups of heads that share B and C
     r = h / g  heads per group        c chunks     Q chunk_size    i, j positions inside a chunk
@@ -234,7 +234,210 @@ def _chunks(t, chunk_size):
     return t.unflatten(1, (-1, chunk_size))
 
 
-# --- Form 3 again, fast: the same four steps, both directions, and the gradient by hand ----------------------
+def ssd_chunked(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
+                dt_softplus=False, dt_limit=(0.0, INF), return_final_states=False):
+    """The chunked scan, O(length) in time and memory: what the layers below run on.
+
+    Args:
+        chunk_size: tokens per chunk, at least 1. The length need not be a multiple of it, and the result does
+            not depend on it beyond rounding.
+        All others, the results and the errors: as `ssd_recurrent`.
+    """
+    return _chunked(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit,
+                    return_final_states, both=False)
+
+
+def ssd_bidirectional(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, INF)):
+    """The scan from the left plus the scan from the right, in one pass (LinGen fig. 3): y (b, l, h, p).
+
+    Equals ssd(x, ...) + flip(ssd(flip(x), ...)) along the length, the skip D x and the gate applied once, to the
+    sum. Arguments and errors as `ssd_chunked`.
+    """
+    return _chunked(x, dt, A, B, C, chunk_size, D, z, dt_bias, None, None, dt_softplus, dt_limit, False, both=True)
+
+
+def _chunked(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit, return_final_states, both):
+    dt, a, B, C, state, starts = _prepare(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit)
+    b, l, h, p = x.shape
+    g, n = B.shape[2:]
+    if state is not None:                                       # (b, h, p, n) -> (b, g, n, r p): heads as columns
+        state = state.view(b, g, -1, p, n).permute(0, 1, 4, 2, 3).flatten(3)
+    with _full_precision(x.device):
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, a, B, C, state))
+        y, final = _ChunkedScan.apply(x, dt, a, B, C, state, starts, _fit(chunk_size, l), both, keep)
+        y = _finish(y, x, D, z)
+    if not return_final_states:
+        return y
+    return y, final.view(b, g, n, -1, p).permute(0, 1, 3, 4, 2).flatten(1, 2)
+
+
+# --- Backends: whose scan runs -------------------------------------------------------------------------------
+
+
+BACKENDS = ("torch", "mamba_ssm", "auto")
+
+
+@functools.lru_cache(None)
+def _official_scan():
+    """mamba-ssm's Triton scan, or the reason why it cannot be had."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except Exception as error:                       # a broken installation fails in many ways, not only ImportError
+        return None, f"{type(error).__name__}: {error}"
+    return mamba_chunk_scan_combined, ""
+
+
+@functools.lru_cache(None)
+def _say_once(line):
+    print(line, file=sys.stderr)
+
+
+def choose_backend(backend, device):
+    """"torch", "mamba_ssm" or "auto" -> the one that runs on this device. Says once what "auto" took.
+
+    Raises ValueError for an unknown name, RuntimeError where mamba_ssm is asked for and cannot run.
+    """
+    if backend == "torch":
+        return "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f'backend must be "torch", "mamba_ssm" or "auto", got {backend!r}')
+    on_gpu = torch.device(device).type == "cuda"
+    scan, why = _official_scan() if on_gpu or backend == "mamba_ssm" else (None, "")
+    if backend == "mamba_ssm":
+        if scan is None:
+            raise RuntimeError('backend="mamba_ssm" needs the package mamba-ssm: pip install --no-build-isolation mamba-ssm '
+                               f'(CUDA and its compiler must be there). Or take backend="torch". Import said: {why}')
+        if not on_gpu:
+            raise RuntimeError(f'backend="mamba_ssm" runs on a CUDA GPU, the tensors are on {device}: move them, or take backend="torch"')
+        return backend
+    took = "torch" if scan is None else "mamba_ssm"
+    _say_once(f"scan backend: {took}" + ("" if took == "mamba_ssm" else f" (mamba-ssm cannot be imported: {why})" if on_gpu else f" (on {torch.device(device).type})"))
+    return took
+
+
+def ssd(x, dt, A, B, C, chunk_size=32, backend="auto", both=False, **options):
+    """The scan on the chosen backend, from the left or, with `both`, the sum of both directions."""
+    if choose_backend(backend if x.dtype != torch.float64 or backend == "mamba_ssm" else "torch", x.device) == "torch":
+        return (ssd_bidirectional if both else ssd_chunked)(x, dt, A, B, C, chunk_size, **options)
+    scan, _ = _official_scan()
+    if not both:
+        return scan(x, dt, A, B, C, chunk_size, **options)
+    if not options.keys() <= {"D", "z", "dt_bias", "dt_softplus", "dt_limit"}:
+        raise TypeError(f"both directions take D, z, dt_bias, dt_softplus and dt_limit, got {', '.join(options)}")
+    D, z = options.pop("D", None), options.pop("z", None)
+    y = scan(x, dt, A, B, C, chunk_size, **options)
+    y = y + scan(*(t.flip(1) for t in (x, dt)), A, *(t.flip(1) for t in (B, C)), chunk_size, **options).flip(1)
+    return _finish(y, x, D, z)
+
+
+# --- The layers ------------------------------------------------------------------------------------------------
+
+
+class RMSNormGated(nn.Module):
+    """RMS norm of x * silu(z) over each of `ngroups` parts of the width; the gate first, as Mamba2 does by default."""
+
+    def __init__(self, d, ngroups=1, eps=1e-5):
+        super().__init__()
+        self.weight, self.ngroups, self.eps = nn.Parameter(torch.ones(d)), ngroups, eps
+
+    def forward(self, x, z):
+        x = (x * F.silu(z)).unflatten(-1, (self.ngroups, -1))
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+
+
+class Mamba2(nn.Module):
+    """The Mamba2 layer: u (b, l, d_model) -> (b, l, d_model), each output seeing the tokens up to its own.
+
+    One projection makes everything that the scan needs: the gate z, x, B, C and dt. A short depthwise convolution
+    lets x, B and C see their last d_conv tokens; then the scan, the gated norm, and the projection back.
+    Parameter names, shapes and initialisation are those of `mamba_ssm.modules.mamba2.Mamba2`: a state_dict of the
+    one loads into the other. Only chunk_size differs by default (32, not 256): it is speed, not function.
+
+    Raises ValueError where expand * d_model is no multiple of headdim, or ngroups does not divide the heads.
+    """
+
+    taps_ahead = 0                          # how many of the convolution's d_conv taps look at later tokens
+    both = False                            # scan in both directions
+
+    def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1, A_init_range=(1, 16),
+                 dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4, dt_limit=(0.0, INF), bias=False, conv_bias=True,
+                 chunk_size=32, backend="auto"):
+        super().__init__()
+        for name, value in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv), ("headdim", headdim), ("ngroups", ngroups), ("chunk_size", chunk_size)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r:.60}")
+        if not 0 < expand < INF or backend not in BACKENDS:
+            raise ValueError(f"expand must be a number above 0, backend one of {', '.join(BACKENDS)}: got {expand!r:.60} and {backend!r:.60}")
+        d_inner = int(expand * d_model)
+        if d_inner < 1 or d_inner % headdim:
+            raise ValueError(f"expand * d_model must be a multiple of headdim: got {expand} * {d_model} = {d_inner} and headdim={headdim}")
+        self.nheads = d_inner // headdim
+        if self.nheads % ngroups:
+            raise ValueError(f"ngroups must divide nheads = expand * d_model / headdim: got ngroups={ngroups}, nheads={self.nheads}")
+        self.d_model, self.d_inner, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_inner, d_state, d_conv, headdim, ngroups
+        self.dt_limit, self.chunk_size, self.backend = dt_limit, chunk_size, backend
+        d_conv_in = d_inner + 2 * ngroups * d_state                                     # x, B, C
+        self.in_proj = nn.Linear(d_model, d_inner + d_conv_in + self.nheads, bias=bias)     # z, x, B, C, dt
+        self.conv1d = nn.Conv1d(d_conv_in, d_conv_in, d_conv, groups=d_conv_in, padding=d_conv - 1, bias=conv_bias)
+        # dt_bias: the inverse of softplus at steps drawn log-uniformly, so that heads begin with short to long memories.
+        dt = torch.exp(torch.rand(self.nheads) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(min=dt_init_floor)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.A_log = nn.Parameter(torch.log(torch.empty(self.nheads).uniform_(*A_init_range)))
+        self.D = nn.Parameter(torch.ones(self.nheads))
+        self.norm = RMSNormGated(d_inner, ngroups)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
+
+    def forward(self, u, seq_idx=None):
+        if not isinstance(u, torch.Tensor) or u.dim() != 3 or u.shape[-1] != self.d_model:
+            raise ValueError(f"expected tokens (batch, length, d_model={self.d_model}), got {tuple(u.shape) if isinstance(u, torch.Tensor) else type(u).__name__}")
+        weight = self.in_proj.weight
+        autocast = u.device.type != "meta" and torch.is_autocast_enabled(u.device.type)         # which mends the dtype
+        if u.device != weight.device or (u.dtype != weight.dtype and not autocast):
+            raise ValueError(f"the tokens are {u.dtype} on {u.device}, the weights {weight.dtype} on {weight.device}: move or convert one with .to(...)")
+        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.d_inner + 2 * self.ngroups * self.d_state, self.nheads], -1)
+        xBC = F.silu(self._convolve(xBC, seq_idx))
+        x, B, C = xBC.split([self.d_inner, *[self.ngroups * self.d_state] * 2], -1)
+        x = x.unflatten(-1, (-1, self.headdim))                                         # (b, l, h, p)
+        B, C = (t.unflatten(-1, (self.ngroups, -1)) for t in (B, C))                    # (b, l, g, n)
+        packed = {} if seq_idx is None else {"seq_idx": seq_idx}
+        y = ssd(x, dt, -torch.exp(self.A_log.float()), B, C, self.chunk_size, self.backend, self.both, D=self.D,
+                dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit, **packed)
+        return self.out_proj(self.norm(y.flatten(2), z))
+
+    def _convolve(self, x, seq_idx):
+        """The depthwise convolution (b, l, d) as d_conv shifted multiply-adds: several times faster than Conv1d on CPUs."""
+        l, k = x.shape[1], self.d_conv
+        padded = F.pad(x, (0, 0, k - 1 - self.taps_ahead, self.taps_ahead))
+        weight = self.conv1d.weight[:, 0].mT.to(x.dtype)                                # (k, d)
+        out = 0 if self.conv1d.bias is None else self.conv1d.bias.to(x.dtype)
+        for tap in range(k):
+            shifted = padded[:, tap : tap + l]
+            if seq_idx is not None and tap < k - 1:                 # a tap does not reach into another packed sequence
+                there = F.pad(seq_idx, (k - 1 - tap, 0), value=-1)[:, :l]
+                shifted = shifted * (there == seq_idx)[..., None]
+            out = out + shifted * weight[tap]
+        return out
+
+
+class BidirectionalMamba2(Mamba2):
+    """Mamba2 in both directions (LinGen fig. 3): every output sees every token, at the cost of one layer and a bit.
+
+    Choice, the paper being silent: the two directions share all weights, so that this layer has the parameters of
+    one Mamba2 and takes its state_dict (weights, not equal outputs), and their outputs are added before the gated norm. Sharing also lets
+    the scan do once what both need (see `ssd_bidirectional`). The convolution, shared too, looks to both sides.
+    """
+
+    both = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.taps_ahead = self.d_conv // 2
+
+    def forward(self, u):
+        return super().forward(u)
+
+
+# --- What runs: form 3 again, arranged for speed, both directions, and the gradient by hand -------------------
 
 
 class _Chunks:
@@ -469,209 +672,6 @@ def _full_precision(device):
 
 def _sum_from_right(t, dim):
     return t.flip(dim).cumsum(dim).flip(dim)
-
-
-def ssd_chunked(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
-                dt_softplus=False, dt_limit=(0.0, INF), return_final_states=False):
-    """The chunked scan, O(length) in time and memory: what the layers below run on.
-
-    Args:
-        chunk_size: tokens per chunk, at least 1. The length need not be a multiple of it, and the result does
-            not depend on it beyond rounding.
-        All others, the results and the errors: as `ssd_recurrent`.
-    """
-    return _chunked(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit,
-                    return_final_states, both=False)
-
-
-def ssd_bidirectional(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, INF)):
-    """The scan from the left plus the scan from the right, in one pass (LinGen fig. 3): y (b, l, h, p).
-
-    Equals ssd(x, ...) + flip(ssd(flip(x), ...)) along the length, the skip D x and the gate applied once, to the
-    sum. Arguments and errors as `ssd_chunked`.
-    """
-    return _chunked(x, dt, A, B, C, chunk_size, D, z, dt_bias, None, None, dt_softplus, dt_limit, False, both=True)
-
-
-def _chunked(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit, return_final_states, both):
-    dt, a, B, C, state, starts = _prepare(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit)
-    b, l, h, p = x.shape
-    g, n = B.shape[2:]
-    if state is not None:                                       # (b, h, p, n) -> (b, g, n, r p): heads as columns
-        state = state.view(b, g, -1, p, n).permute(0, 1, 4, 2, 3).flatten(3)
-    with _full_precision(x.device):
-        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, a, B, C, state))
-        y, final = _ChunkedScan.apply(x, dt, a, B, C, state, starts, _fit(chunk_size, l), both, keep)
-        y = _finish(y, x, D, z)
-    if not return_final_states:
-        return y
-    return y, final.view(b, g, n, -1, p).permute(0, 1, 3, 4, 2).flatten(1, 2)
-
-
-# --- Backends: whose scan runs -------------------------------------------------------------------------------
-
-
-BACKENDS = ("torch", "mamba_ssm", "auto")
-
-
-@functools.lru_cache(None)
-def _official_scan():
-    """mamba-ssm's Triton scan, or the reason why it cannot be had."""
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except Exception as error:                       # a broken installation fails in many ways, not only ImportError
-        return None, f"{type(error).__name__}: {error}"
-    return mamba_chunk_scan_combined, ""
-
-
-@functools.lru_cache(None)
-def _say_once(line):
-    print(line, file=sys.stderr)
-
-
-def choose_backend(backend, device):
-    """"torch", "mamba_ssm" or "auto" -> the one that runs on this device. Says once what "auto" took.
-
-    Raises ValueError for an unknown name, RuntimeError where mamba_ssm is asked for and cannot run.
-    """
-    if backend == "torch":
-        return "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f'backend must be "torch", "mamba_ssm" or "auto", got {backend!r}')
-    on_gpu = torch.device(device).type == "cuda"
-    scan, why = _official_scan() if on_gpu or backend == "mamba_ssm" else (None, "")
-    if backend == "mamba_ssm":
-        if scan is None:
-            raise RuntimeError('backend="mamba_ssm" needs the package mamba-ssm: pip install --no-build-isolation mamba-ssm '
-                               f'(CUDA and its compiler must be there). Or take backend="torch". Import said: {why}')
-        if not on_gpu:
-            raise RuntimeError(f'backend="mamba_ssm" runs on a CUDA GPU, the tensors are on {device}: move them, or take backend="torch"')
-        return backend
-    took = "torch" if scan is None else "mamba_ssm"
-    _say_once(f"scan backend: {took}" + ("" if took == "mamba_ssm" else f" (mamba-ssm cannot be imported: {why})" if on_gpu else f" (on {torch.device(device).type})"))
-    return took
-
-
-def ssd(x, dt, A, B, C, chunk_size=32, backend="auto", both=False, **options):
-    """The scan on the chosen backend, from the left or, with `both`, the sum of both directions."""
-    if choose_backend(backend if x.dtype != torch.float64 or backend == "mamba_ssm" else "torch", x.device) == "torch":
-        return (ssd_bidirectional if both else ssd_chunked)(x, dt, A, B, C, chunk_size, **options)
-    scan, _ = _official_scan()
-    if not both:
-        return scan(x, dt, A, B, C, chunk_size, **options)
-    if not options.keys() <= {"D", "z", "dt_bias", "dt_softplus", "dt_limit"}:
-        raise TypeError(f"both directions take D, z, dt_bias, dt_softplus and dt_limit, got {', '.join(options)}")
-    D, z = options.pop("D", None), options.pop("z", None)
-    y = scan(x, dt, A, B, C, chunk_size, **options)
-    y = y + scan(*(t.flip(1) for t in (x, dt)), A, *(t.flip(1) for t in (B, C)), chunk_size, **options).flip(1)
-    return _finish(y, x, D, z)
-
-
-# --- The layers ------------------------------------------------------------------------------------------------
-
-
-class RMSNormGated(nn.Module):
-    """RMS norm of x * silu(z) over each of `ngroups` parts of the width; the gate first, as Mamba2 does by default."""
-
-    def __init__(self, d, ngroups=1, eps=1e-5):
-        super().__init__()
-        self.weight, self.ngroups, self.eps = nn.Parameter(torch.ones(d)), ngroups, eps
-
-    def forward(self, x, z):
-        x = (x * F.silu(z)).unflatten(-1, (self.ngroups, -1))
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight
-
-
-class Mamba2(nn.Module):
-    """The Mamba2 layer: u (b, l, d_model) -> (b, l, d_model), each output seeing the tokens up to its own.
-
-    One projection makes everything that the scan needs: the gate z, x, B, C and dt. A short depthwise convolution
-    lets x, B and C see their last d_conv tokens; then the scan, the gated norm, and the projection back.
-    Parameter names, shapes and initialisation are those of `mamba_ssm.modules.mamba2.Mamba2`: a state_dict of the
-    one loads into the other. Only chunk_size differs by default (32, not 256): it is speed, not function.
-
-    Raises ValueError where expand * d_model is no multiple of headdim, or ngroups does not divide the heads.
-    """
-
-    taps_ahead = 0                          # how many of the convolution's d_conv taps look at later tokens
-    both = False                            # scan in both directions
-
-    def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1, A_init_range=(1, 16),
-                 dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4, dt_limit=(0.0, INF), bias=False, conv_bias=True,
-                 chunk_size=32, backend="auto"):
-        super().__init__()
-        for name, value in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv), ("headdim", headdim), ("ngroups", ngroups), ("chunk_size", chunk_size)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r:.60}")
-        if not 0 < expand < INF or backend not in BACKENDS:
-            raise ValueError(f"expand must be a number above 0, backend one of {', '.join(BACKENDS)}: got {expand!r:.60} and {backend!r:.60}")
-        d_inner = int(expand * d_model)
-        if d_inner < 1 or d_inner % headdim:
-            raise ValueError(f"expand * d_model must be a multiple of headdim: got {expand} * {d_model} = {d_inner} and headdim={headdim}")
-        self.nheads = d_inner // headdim
-        if self.nheads % ngroups:
-            raise ValueError(f"ngroups must divide nheads = expand * d_model / headdim: got ngroups={ngroups}, nheads={self.nheads}")
-        self.d_model, self.d_inner, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_inner, d_state, d_conv, headdim, ngroups
-        self.dt_limit, self.chunk_size, self.backend = dt_limit, chunk_size, backend
-        d_conv_in = d_inner + 2 * ngroups * d_state                                     # x, B, C
-        self.in_proj = nn.Linear(d_model, d_inner + d_conv_in + self.nheads, bias=bias)     # z, x, B, C, dt
-        self.conv1d = nn.Conv1d(d_conv_in, d_conv_in, d_conv, groups=d_conv_in, padding=d_conv - 1, bias=conv_bias)
-        # dt_bias: the inverse of softplus at steps drawn log-uniformly, so that heads begin with short to long memories.
-        dt = torch.exp(torch.rand(self.nheads) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).clamp(min=dt_init_floor)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
-        self.A_log = nn.Parameter(torch.log(torch.empty(self.nheads).uniform_(*A_init_range)))
-        self.D = nn.Parameter(torch.ones(self.nheads))
-        self.norm = RMSNormGated(d_inner, ngroups)
-        self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
-
-    def forward(self, u, seq_idx=None):
-        if not isinstance(u, torch.Tensor) or u.dim() != 3 or u.shape[-1] != self.d_model:
-            raise ValueError(f"expected tokens (batch, length, d_model={self.d_model}), got {tuple(u.shape) if isinstance(u, torch.Tensor) else type(u).__name__}")
-        weight = self.in_proj.weight
-        autocast = u.device.type != "meta" and torch.is_autocast_enabled(u.device.type)         # which mends the dtype
-        if u.device != weight.device or (u.dtype != weight.dtype and not autocast):
-            raise ValueError(f"the tokens are {u.dtype} on {u.device}, the weights {weight.dtype} on {weight.device}: move or convert one with .to(...)")
-        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.d_inner + 2 * self.ngroups * self.d_state, self.nheads], -1)
-        xBC = F.silu(self._convolve(xBC, seq_idx))
-        x, B, C = xBC.split([self.d_inner, *[self.ngroups * self.d_state] * 2], -1)
-        x = x.unflatten(-1, (-1, self.headdim))                                         # (b, l, h, p)
-        B, C = (t.unflatten(-1, (self.ngroups, -1)) for t in (B, C))                    # (b, l, g, n)
-        packed = {} if seq_idx is None else {"seq_idx": seq_idx}
-        y = ssd(x, dt, -torch.exp(self.A_log.float()), B, C, self.chunk_size, self.backend, self.both, D=self.D,
-                dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit, **packed)
-        return self.out_proj(self.norm(y.flatten(2), z))
-
-    def _convolve(self, x, seq_idx):
-        """The depthwise convolution (b, l, d) as d_conv shifted multiply-adds: several times faster than Conv1d on CPUs."""
-        l, k = x.shape[1], self.d_conv
-        padded = F.pad(x, (0, 0, k - 1 - self.taps_ahead, self.taps_ahead))
-        weight = self.conv1d.weight[:, 0].mT.to(x.dtype)                                # (k, d)
-        out = 0 if self.conv1d.bias is None else self.conv1d.bias.to(x.dtype)
-        for tap in range(k):
-            shifted = padded[:, tap : tap + l]
-            if seq_idx is not None and tap < k - 1:                 # a tap does not reach into another packed sequence
-                there = F.pad(seq_idx, (k - 1 - tap, 0), value=-1)[:, :l]
-                shifted = shifted * (there == seq_idx)[..., None]
-            out = out + shifted * weight[tap]
-        return out
-
-
-class BidirectionalMamba2(Mamba2):
-    """Mamba2 in both directions (LinGen fig. 3): every output sees every token, at the cost of one layer and a bit.
-
-    Choice, the paper being silent: the two directions share all weights, so that this layer has the parameters of
-    one Mamba2 and takes its state_dict (weights, not equal outputs), and their outputs are added before the gated norm. Sharing also lets
-    the scan do once what both need (see `ssd_bidirectional`). The convolution, shared too, looks to both sides.
-    """
-
-    both = True
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.taps_ahead = self.d_conv // 2
-
-    def forward(self, u):
-        return super().forward(u)
 
 
 # --- The demonstration: the forms agree ------------------------------------------------------------------------
