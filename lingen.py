@@ -9,14 +9,15 @@ MATE, two linear-cost branches on the same tokens, their outputs added:
 
     clip (b, c, T, H, W) -> patches -> tokens (b, t, h, w, d) -> depth x block -> patches -> clip
 
-    block:   x = x + gate * MATE(modulated norm(x))                the timestep modulates: scale, shift and gate
-             x = x + cross-attention(norm(x), caption)
+    block:   x = x + gate * MATE(modulated norm(x))                the timestep (and the caption's mean word) modulates:
+             x = x + cross-attention(norm(x), caption)             it gives scale and shift of the norms, and the gates
              x = x + gate * feed-forward(modulated norm(x))
 
-    b batch   t, h, w the grid of tokens   d width d_model   l = t h w length   n words in the caption
+    b batch   c channels   t, h, w the grid of tokens   d width d_model   l = t h w length   n words in the caption
+    (in the attentions' patterns n is the heads, p the width of one, and l words or tokens)
 
 Read in this order: `review_tokens`, `MATE`, `Block`, `LinGen`. `LinGenConfig` can take each part out, or put full
-self-attention in its place: with mixer="attention" the same file is the DiT that the paper compares with.
+self-attention in the place of MATE: with mixer="attention" the same file is the DiT that the paper compares with.
 """
 import argparse
 import dataclasses
@@ -88,8 +89,9 @@ class LinGenConfig:
 
 
 PRESETS = {
-    # Trains on a laptop's CPU: see train_tiny.py. No position tables: what is true of one moment and one place of the
-    # toy world, a torus, is true of all, and a clip may then be as long as one likes.
+    # Trains on a laptop's CPU: see train_tiny.py. No position tables: the scan and the windows know who is next to whom,
+    # what is true of one moment and one place of the toy world, a torus, is true of all, and a clip may then be as long
+    # as one likes. Full attention knows no neighbours: with mixer="attention" give it tables, as grid=(16, 8, 8).
     "tiny": dict(grid=(0, 0, 0), window=(2, 8, 8), predicts="pixels"),
     # For one consumer GPU.
     "small": dict(channels=16, patch=(1, 2, 2), grid=(34, 16, 16), d_model=768, depth=16, nheads=12, d_state=64, headdim=64,
@@ -113,8 +115,8 @@ def preset(name, **changes):
 def review_tokens(grid, pool):
     """Average-pooled copies of the tokens, the overview that is read before the scan proper. No parameters.
 
-    grid (b, t, h, w, d), pool (t, h, w) -> (b, ceil(t / pool_t), ceil(h / pool_h), ceil(w / pool_w), d). A block
-    that the grid's edge cuts is averaged over the tokens it has. Raises ValueError for what is no grid or no pool.
+    grid (b, t, h, w, d), pool (t, h, w) or one number -> (b, ceil(t / pool_t), ceil(h / pool_h), ceil(w / pool_w), d).
+    A block that the grid's edge cuts is averaged over the tokens it has. Raises ValueError for what is no grid or no pool.
     """
     pool = (pool,) * 3 if isinstance(pool, int) else tuple(pool)
     if not isinstance(grid, torch.Tensor) or grid.dim() != 5 or 0 in grid.shape or not grid.is_floating_point():
@@ -193,7 +195,7 @@ class CrossAttention(nn.Module):
 
 
 def modulate(x, scale, shift):
-    """Layer norm without weights of its own; the timestep's scale and shift (b, d) take their place."""
+    """Layer norm without weights of its own; scale and shift (b, d), made from the timestep, take their place."""
     x = F.layer_norm(x, x.shape[-1:])
     spread = (-1,) + (1,) * (x.dim() - 2) + x.shape[-1:]
     return torch.addcmul(shift.view(spread), x, 1 + scale.view(spread))
@@ -252,7 +254,7 @@ class LinGen(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
         self.patch_out = nn.Linear(d, per_patch)
-        for layer in (self.modulation[1], self.patch_out):      # begin by predicting zero for every clip
+        for layer in (self.modulation[1], self.patch_out):      # at first the network says 0 of every clip
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 

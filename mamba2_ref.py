@@ -8,6 +8,8 @@ chunks that use the matrix inside and the recurrence between. Per head, with a_t
     quadratic   y   = (L o C B^T)(dt x) + D x                    L_ij = exp(a_{j+1} + ... + a_i), i >= j
     chunked     the quadratic form inside each chunk of Q tokens, one state per chunk for the past
 
+(o multiplies entry by entry; D x is a skip past the state, and a layer's gate z multiplies y by silu(z).)
+
 In words: the state h is a small matrix. Each token fades it by exp(a_t), writes x_t into it at the address B_t, and
 reads it at the address C_t. *Selective* means that dt, B and C are made from the token itself (`Mamba2` below): it
 decides how much to forget (a large dt forgets and writes much, dt near 0 lets the token pass by), where to write and
@@ -423,8 +425,9 @@ class BidirectionalMamba2(Mamba2):
     """Mamba2 in both directions (LinGen fig. 3): every output sees every token, at the cost of one layer and a bit.
 
     Choice, the paper being silent: the two directions share all weights, so that this layer has the parameters of
-    one Mamba2 and takes its state_dict (weights, not equal outputs), and their outputs are added before the gated norm. Sharing also lets
-    the scan do once what both need (see `ssd_bidirectional`). The convolution, shared too, looks to both sides.
+    one Mamba2 and takes its state_dict (weights, not equal outputs), and their outputs are added before the gated
+    norm. Sharing also lets the scan do once what both need (see `ssd_bidirectional`). The convolution, shared too,
+    looks to both sides.
     """
 
     both = True
@@ -444,7 +447,7 @@ class _Chunks:
     """What the forward and the backward pass of `_ChunkedScan` share: decays, views of the inputs, state passing.
 
     Layouts: per token (b, c, g, Q, r, .), per head (b, c, g, r, Q, .), states at the borders of the chunks
-    (b, c + 1, g, n, r p), border k left of chunk k.
+    (b, c + 1, g, n, r p), border i left of chunk i. Where k stands for c, it counts the few chunks of one segment.
     Lists have one entry per direction: `into` is the decay from the edge where the state comes in to a token,
     `out` from a token to the edge where it leaves, `weight` = out * dt, `total` the decay of a whole chunk.
     """
@@ -487,7 +490,8 @@ class _Chunks:
             yield (c, heads(x), B, C) if dy is None else (c, heads(x), B, C, heads(rest[2]))
 
     def decays(self, c):
-        """L (b, k, g, r, Q, Q), not yet masked: above the diagonal, where exp could overflow, stand ones.
+        """L (b, k, g, r, Q, Q), before `mask`: above the diagonal, where exp could overflow, stand ones; in both
+        directions the decays of the reversed scan, and 2 on the diagonal.
 
         Its exponents are differences of two running sums, as in mamba-ssm: faster than summing term by term, at the
         price of some digits where a chunk holds a very strong decay.

@@ -3,11 +3,13 @@
     python sample.py "a red circle moving right" --out clip.gif
 
 Flow matching ties noise to data by straight lines, x_t = (1 - t)*noise + t*data, so that along each line
-the velocity is data - noise. The model has learnt the mean velocity at (x_t, t, caption), and sampling is
-nothing but following it from t = 0 (noise) to t = 1 (a clip) in finite steps. In order of explanation:
+the velocity is data - noise. The model has learnt the mean velocity at (x_t, t, caption), or the mean clip,
+which says the same: velocity = (clip - x_t) / (1 - t). Sampling follows it from t = 0 (noise) to t = 1 (a clip)
+in finite steps, and may draw the noise that is left afresh at each of them (`fresh`). In order of explanation:
 
     words, encode              caption -> numbers of words                    (b, n) int64
     times                      where the steps stop                           (steps + 1,)
+    shift_for, steps_for       what the clip's length changes in that
     sample                     the steps themselves                           (b, c, t, h, w) in [-1, 1]
     load_checkpoint, load_model
     to_frames, write_clip, read_settings                                      (frames, height, width, 3) uint8
@@ -165,6 +167,8 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
 
     text: (b, n) int64 from `encode`; shape: (frames, height, width); callback(step, x1), if given, sees before
     each step 0, 1, ... the clean clip that the model predicts at that time, shaped as the result.
+    steps, schedule, shift: as in `times`. guidance: how many times what the caption adds to the prediction is counted;
+    1 takes the model as it is, everything else asks it twice per step.
     Clip i draws its noise from seed + i, on the CPU: a clip does not depend on its neighbours in the batch, and
     every device has the same noise.
 
@@ -172,7 +176,8 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     Euler's path the first, half-blind steps decide, and what they get wrong stays wrong. Fresh noise hides the small
     contradictions (a shape half a pixel apart from one token to the next) that the network met in no training clip,
     and lets it decide again. Its price is variety: up to sqrt(1 - (s' / s)^2), s = (1 - t) / t before the step and
-    s' after it, the clips stay distributed as the data (that much is DDPM's step); 1 draws them to what is likeliest.
+    s' after it, the clips stay distributed as the data (that much is the step of DDPM, Ho et al. 2020); 1 draws them
+    to what is likeliest.
     Raises ValueError for wrong arguments, FloatingPointError if the result holds NaN or infinity.
     """
     import torch

@@ -17,8 +17,8 @@ spatial-row). The zigzag, with which the paper compares RMS (table 2, fig. 11b),
 each row and each frame is walked in the direction opposite to the last, so it needs a table with one
 index per token and a gather through it.
 
-Symbols: b batch; t, h, w frames, rows, columns; d width of a token; l = t*h*w length of the sequence;
-(t, y, x) the place of one token in the grid.
+Symbols: b batch; t, h, w frames, rows, columns (T, H, W in the table, where t is a place); d width of a token;
+l = t*h*w length of the sequence; (t, y, x) the place of one token in the grid.
 
 Run it: `python scan.py --grid 4 8 8` prints how far apart the neighbours land, and draws the orders.
 """

@@ -10,8 +10,9 @@ a token attends to m others however long the clip, so the cost is linear in the 
     even layer, window 4:   0 1 2 3 | 4 5 6 7
     odd layer, shift 2:     0 1 | 2 3 4 5 | 6 7
 
-The odd row has a window more, and broken ones at the ends. As in Swin we roll the grid by the shift
-first, which puts the two broken ends next to each other in one window of full size,
+The odd row has a window more, and broken ones at the ends. As in Swin, the image transformer that TESA
+carries over to time, we roll the grid by the shift first, which puts the two broken ends next to each
+other in one window of full size,
 
     rolled by 2:            2 3 4 5 | 6 7 0 1
 
@@ -128,7 +129,7 @@ class TemporalSwinAttention(nn.Module):
 
     choice: rotary positions inside the window, where Swin has a table of biases. A bias prefers an offset once and
     for all; a turned query asks for "the token one to the left of me, one moment ago" if its caption says
-    "moving right", and for another if it says "up". On the toy this is what makes motion learnable soon.
+    "moving right", and for another if it says "up". On the toy of train_tiny.py this makes motion learnable soon.
     """
 
     def __init__(self, d_model, nheads, window=(4, 4, 4), shift=(0, 0, 0)):

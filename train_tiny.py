@@ -5,7 +5,8 @@
 
 1. The data.    One or two flat shapes on a black *torus*: who leaves on the right comes back on the left. So
                 "moving left" stays true for a whole minute, and second 60 looks just like second 1.
-2. The recipe.  Flow matching; pictures first, then short clips, then longer ones; two optimisers.
+2. The recipe.  Flow matching; pictures (clips of one frame) first, then short clips, then longer ones with some of
+                the shorter mixed in; two optimisers.
 3. The loop.    A step, a checkpoint that no kill can tear, and the way back from it.
 
 How a clip is held against its caption, by reading its pixels, stands in benchmarks/judge.py.
@@ -231,7 +232,8 @@ LONG_EVERY = 2          # in the last stage every second step still shows shorte
 TWO_EVERY = 3           # with --objects 2, two of three steps show two objects
 DROP = 0.1              # captions taken away, so that guidance has a model without caption to compare with
 
-# What a checkpoint asks of sample.py: these are the defaults that `python sample.py` falls back to.
+# What a checkpoint asks of sample.py: these are the defaults that `python sample.py` falls back to. The shift is that
+# of clips of `frames` frames; sample.shift_for moves it for others.
 SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 48, "guidance": 1.0, "schedule": "shifted", "shift": 12.0,
             "fresh": 1.0}
 
@@ -280,9 +282,10 @@ def flow_matching_loss(model, clips, text, t, noise):
 
     Choice: the network predicts the clip, and the sampler takes the velocity from it, (clip - x_t) / (1 - t). Each
     target gives the other, but the clip is flat and bounded where the velocity is mostly noise to be copied.
-    And the distance is the cross-entropy, with brightness from 0 to 1 read as a probability. Like the squared error it
-    is least at the mean of all clips that x_t may come from, which is what flow matching needs. But it minds a black
-    pixel that is a bit grey, as in the path that a shape has just left, where the squared error hardly does.
+    And the distance is the cross-entropy, with brightness from 0 to 1 (`lingen.pixels` keeps the prediction in these
+    bounds) read as a probability. Like the squared error it is least at the mean of all clips that x_t may come from,
+    which is what flow matching needs. But it minds a black pixel that is a bit grey, as in the path that a shape has
+    just left, where the squared error hardly does.
     """
     at = t.view(-1, 1, 1, 1, 1)
     brightness = (1 + model((1 - at) * noise + at * clips, t, text)) / 2
@@ -292,7 +295,10 @@ def flow_matching_loss(model, clips, text, t, noise):
 
 
 def make_optimizers(model, rate):
-    """Muon for the matrices inside the blocks, AdamW for everything else (embeddings, biases, norms, modulation)."""
+    """Muon for the matrices inside the blocks, AdamW for everything else (embeddings, biases, norms, modulation).
+
+    Muon makes a matrix's step orthogonal: the directions that the gradients seldom show learn as fast as the others.
+    """
     matrices, rest = [], []
     for name, p in model.named_parameters():
         inside = name.startswith("blocks") and p.dim() == 2 and "modulation" not in name
@@ -313,7 +319,8 @@ class Run:
     """Everything that changes during training, and nothing else: what a checkpoint must hold to go on exactly.
 
     The data need no state, since each step makes its own (see `training_batch`), and the model draws no random
-    numbers after its initialisation.
+    numbers after its initialisation. `average` is the running mean of the weights, steadier than the last step's: it
+    is what one samples from.
     """
 
     def __init__(self, config, settings, device):
@@ -471,7 +478,7 @@ def begin(args):
 
 def train(args, run, out, rank, world):
     """Step, save, and show at the end what came of it. Returns the exit code."""
-    stop = []                   # Ctrl-C waits for the end of the step: half a step would be saved under a wrong number
+    stop = []       # Ctrl-C waits for the end of the step: half a step would be saved under a wrong number. A second one does not wait
     kept = run.step if args.resume else None
 
     def ask(number, frame):

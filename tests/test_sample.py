@@ -34,7 +34,7 @@ def contents(config=None, **changes):
     config = config or tiny()
     torch.manual_seed(0)
     model = lingen.LinGen(config)
-    with torch.no_grad():  # blocks start as the identity; a model that ignores its caption would test nothing
+    with torch.no_grad():  # untouched it says 0 of every clip; a model that ignores its caption would test nothing
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     return {"format": "lingen-tiny-1", "config": dataclasses.asdict(config), "vocabulary": WORDS,
