@@ -91,7 +91,7 @@ def summarise(rows, path):
 
 def draw(rows):
     def panels(*axes):
-        for axis, name in zip(axes, ("loss_16", "loss_256", "direction", "steady")):
+        for axis, name in zip(axes, ("loss_16", "loss_64", "loss_256", "colour")):
             for place, variant in enumerate(VARIANTS):
                 values = [float(row[name]) for row in rows if row["variant"] == variant]
                 axis.plot(values, [place] * len(values), "o", color=common.COLOURS[0], alpha=0.6)

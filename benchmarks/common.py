@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 import sample
-from benchmarks.speed import most_memory
+from benchmarks.speed import KEEP_MEMORY, most_memory
 from lingen import LinGen, preset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,9 +78,18 @@ def peak_mib(device="cpu"):
     return torch.cuda.max_memory_allocated() / 2**20 if torch.device(device).type == "cuda" else most_memory()
 
 
-def in_fresh_process(script, threads=None, **request):
-    """What `script --child REQUEST` prints as its last line, JSON: only in a process of its own is a peak its own."""
-    env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+def keep_memory():
+    """Begin this script anew with an allocator that keeps memory between calls, so that no clearing of pages is timed."""
+    if sys.platform == "linux" and KEEP_MEMORY.items() - os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
+
+
+def in_fresh_process(script, threads=None, keep=False, **request):
+    """What `script --child REQUEST` prints as its last line, JSON: only in a process of its own is a peak its own.
+
+    threads: of torch, if not as here. keep: memory between calls, as in `keep_memory`.
+    """
+    env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **(KEEP_MEMORY if keep else {})}
     run = subprocess.run([sys.executable, script, "--child", json.dumps(request)], stdout=subprocess.PIPE, text=True, env=env)
     if run.returncode == 130:
         raise KeyboardInterrupt

@@ -3,9 +3,9 @@
     python benchmarks/length.py                                  the tiny preset, 16 to 4352 frames: some minutes
     python benchmarks/length.py --preset 4b --device cuda        512p, 17 and 68 s, bfloat16, one card (paper: 11.5x, an H100)
 
-MATE against full attention (the DiT) in its place, batch 1, random weights, one fresh process for each point: the median
-of up to five runs after one warm-up, and the memory that the run adds (on a GPU: weights and all). Attention stops where
-it would take longer than --limit. The 4B model meets a DiT of as many parameters, 36 blocks instead of 28, as in cost.py;
+MATE against full attention (the DiT) in its place, batch 1, random weights. Each point is measured in fresh processes: the
+median of up to five runs after one warm-up, with memory kept between them; and the memory that a single run adds (on a GPU:
+weights and all). Attention stops where it would take longer than --limit. The 4B model meets a DiT of as many parameters, 36 blocks instead of 28, as in cost.py;
 on a GPU the scan takes mamba-ssm's kernels where they are installed, and attention is torch's flash attention.
 """
 import argparse
@@ -26,7 +26,7 @@ SECONDS = {"tiny": (1, 4, 17, 68, 272), "small": (17, 68), "4b": (17, 68)}
 
 
 def child(preset, mixer, seconds, pixels, device, repeats):
-    """Time and peak memory of one point, in this process."""
+    """One point, in this process: (seconds, MiB at the peak). The first run only warms up, if there are more."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     change = {} if mixer == "mate" else cost.MODELS["DiT-4B"] if preset == "4b" else dict(mixer="attention")
     model = common.build(preset, device, dtype, **change)
@@ -34,9 +34,9 @@ def child(preset, mixer, seconds, pixels, device, repeats):
     common.denoising_step(model, (model.config.patch[0], *shape[1:]))()         # libraries load what they need
     before = 0 if device == "cuda" else common.peak_mib()
     step, taken = common.denoising_step(model, shape), []
-    while len(taken) < repeats + 1 and sum(taken) < 60:
+    while len(taken) < repeats and sum(taken) < 60:
         taken.append(common.seconds(step, device))
-    return dict(seconds=statistics.median(taken[1:] or taken), mib=common.peak_mib(device) - before)
+    return statistics.median(taken[1:] or taken), common.peak_mib(device) - before
 
 
 def draw(rows):
@@ -75,18 +75,19 @@ def main():
     last = None                                                     # (tokens, seconds) of attention's longest run so far
     for length in tqdm(args.seconds or SECONDS[args.preset], unit="length", leave=False, disable=None):
         shape = common.clip_shape(config, length, args.pixels)
-        n, found = common.tokens(config, shape), {}
+        n, time, memory = common.tokens(config, shape), {}, {}
         for mixer in ("mate", "attention"):
             if mixer == "attention" and last and last[1] * (n / last[0]) ** 2 > args.limit:
                 continue
-            found[mixer] = common.in_fresh_process(__file__, preset=args.preset, mixer=mixer, seconds=length, pixels=args.pixels,
-                                                   device=args.device, repeats=args.repeats)
-        if "attention" in found:
-            last = n, found["attention"]["seconds"]
-        mate, dit = found["mate"], found.get("attention")
-        table.add(seconds=length, frames=16 * length, tokens=n, mate_s=three(mate["seconds"]), attention_s=dit and three(dit["seconds"]),
-                  ratio=dit and round(dit["seconds"] / mate["seconds"], 2), mate_mib=round(mate["mib"]),
-                  attention_mib=dit and round(dit["mib"]), us_per_token=round(1e6 * mate["seconds"] / n, 1))
+            point = dict(preset=args.preset, mixer=mixer, seconds=length, pixels=args.pixels, device=args.device)
+            time[mixer], _ = common.in_fresh_process(__file__, keep=True, repeats=args.repeats + 1, **point)
+            _, memory[mixer] = common.in_fresh_process(__file__, repeats=1, **point)
+        if "attention" in time:
+            last = n, time["attention"]
+        mate, dit = time["mate"], time.get("attention")
+        table.add(seconds=length, frames=16 * length, tokens=n, mate_s=three(mate), attention_s=dit and three(dit),
+                  ratio=dit and round(dit / mate, 2), mate_mib=round(memory["mate"]), attention_mib=dit and round(memory["attention"]),
+                  us_per_token=round(1e6 * mate / n, 1))
     table.wrote()
     picture = args.plot or (common.ASSETS / "length.png" if (args.preset, args.device) == ("tiny", "cpu") else None)
     if picture:

@@ -62,4 +62,5 @@ def main():
 
 
 if __name__ == "__main__":
+    common.keep_memory()
     common.run(main, "parts.py")

@@ -142,12 +142,12 @@ def test_variants_differ_in_one_field():
 
 def test_length_measures_and_attention_stops_at_its_limit(monkeypatch, tmp_path):
     taken = {("mate", 1): 1.0, ("attention", 1): 2.0, ("mate", 2): 2.0, ("attention", 2): 8.0, ("mate", 4): 4.0}    # 4 s: only MATE
-    monkeypatch.setattr(common, "in_fresh_process", lambda script, preset, mixer, seconds, **rest: dict(seconds=taken[mixer, seconds], mib=10.4))
+    monkeypatch.setattr(common, "in_fresh_process", lambda script, preset, mixer, seconds, **rest: (taken[mixer, seconds], 10.4))
     call(monkeypatch, length, "--seconds", 1, 2, 4, "--limit", 31, "--out", tmp_path, "--plot", tmp_path / "plot.png")
     rows = common.Table(tmp_path / "length_tiny_cpu.csv", resume=True).rows
     assert [row["ratio"] for row in rows] == ["2.0", "4.0", ""] and [row["tokens"] for row in rows] == ["256", "512", "1024"]
     found = length.child("tiny", "attention", 1, 512, "cpu", 1)
-    assert 0 < found["seconds"] < 60 and found["mib"] >= 0
+    assert 0 < found[0] < 60 and found[1] >= 0
 
 
 def test_parts_are_held_against_the_default_of_their_own_round(monkeypatch, tmp_path):
