@@ -1,8 +1,8 @@
 """What each part buys (LinGen figs. 11 and 12): the tiny model trained with one part taken out, and judged.
 
-    python benchmarks/ablations.py                                           all variants, three seeds: about an hour
-    python benchmarks/ablations.py --steps 100 --seeds 1 --captions 8 --out runs/ablations      for a class: half an hour
-    python benchmarks/ablations.py --minutes 20                              as much as fits; the next call goes on
+    python benchmarks/ablations.py                                    all variants, three seeds: 40 minutes of one core
+    python benchmarks/ablations.py --seeds 1 --out runs/ablations     for a class: a quarter of an hour, into a folder of its own
+    python benchmarks/ablations.py --minutes 20                       as much as fits; the next call goes on
 
 Every variant is one field of the same LinGenConfig, trained by train_tiny's own recipe cut to --steps, on the same data for
 the same seed. Measured on the average of the weights: the loss on clips of held-out combinations, of 16 and 64 frames (the
@@ -107,9 +107,9 @@ def draw(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="of training, for each row (default 200)")
+    parser.add_argument("--steps", type=int, default=150, help="of training, for each row (default 150)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
-    parser.add_argument("--captions", type=int, default=16, help="sampled and judged for each row (default 16)")
+    parser.add_argument("--captions", type=int, default=8, help="sampled and judged for each row (default 8)")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="VARIANT",
                         help=f"of: {', '.join(VARIANTS)} (default all)")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no row after so many minutes; rows in the CSV are not made again")
