@@ -592,8 +592,8 @@ def test_the_shipped_checkpoint_draws_what_it_is_told():
     model, checkpoint = sample.load_model(ROOT / "assets" / "tiny.pt")
     captions = ["a small red circle moving slowly right", "a large blue square moving up quickly", "a small green triangle moving left",
                 "a large yellow cross moving slowly down and right"]
-    options = {name: checkpoint["sampling"][name] for name in ("steps", "guidance", "schedule", "shift")}
-    clips = sample.sample(model, sample.encode(captions, checkpoint["vocabulary"]), (16, 32, 32), seed=0, **options)
+    clips = sample.sample(model, sample.encode(captions, checkpoint["vocabulary"]), (16, 32, 32), seed=0,
+                          **sample.steps_for(16, checkpoint["sampling"]))
     records = ruler.judge(clips, captions)
     assert all(record["colour_ok"] and record["finite"] for record in records)
-    assert sum(record["shape_ok"] and record["size_ok"] is not False for record in records) >= 3
+    assert sum(record["shape_ok"] and record["size_ok"] is not False and record["one_object"] for record in records) >= 3
