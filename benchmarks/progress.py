@@ -78,7 +78,7 @@ def panel(pen, font, box, s, steps, lines, ticks, height):
     for k in range(5):
         pen.text((s * (left + wide * k / 4), s * (top + high + 8)), str(steps * k // 4), "#222222", font, anchor="ma")
     for k, (label, line) in enumerate(lines.items()):
-        colour, x, y = COLOURS[k % len(COLOURS)], s * (left + 110 * (k % 5)), s * (top - 38 + 20 * (k // 5))
+        colour, x, y = COLOURS[k % len(COLOURS)], s * (left + 120 * (k % 4)), s * (top - 38 + 20 * (k // 4))
         if len(line) > 1:
             pen.line([at(*point) for point in line], colour, 3 * s)
         pen.line([x, y, x + 24 * s, y], colour, 3 * s)
