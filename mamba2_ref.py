@@ -474,7 +474,6 @@ class _Chunks:
         self.into, self.out = [t[..., None] for t in into], [t[..., None] for t in out]
         self.weight = [t * self.dt[..., None] for t in self.out]
         self.total = total                                                          # (b, c, g, 1, r)
-        self.below = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril() if both else None
         # So many chunks at a time that a matrix per head fits in a core's cache; a GPU wants more work at once.
         size = x.shape[0] * x.shape[2] * Q * max(Q, self.p)
         self.step = max(1, (_SEGMENT if x.device.type == "cpu" else 2**26) // size)
@@ -500,10 +499,10 @@ class _Chunks:
         L = sums[..., :, None] - sums[..., None, :]
         if self.both:
             before = self.sums_before[:, c]
-            L = torch.where(self.below, L, before[..., None, :] - before[..., :, None]).exp2_()
+            L = L.tril_().add_((before[..., None, :] - before[..., :, None]).triu_()).exp2_()
             L.diagonal(dim1=-2, dim2=-1).fill_(2)
             return L
-        return L.clamp_max_(0).exp2_()
+        return L.tril_().exp2_()
 
     def mask(self, c, G):
         """Zero in G (b, k, g, Q, Q), in place, what no token may read. All heads of a group share G, so this is cheap."""

@@ -71,6 +71,21 @@ def test_forms_agree_over_options_and_groups(form, options, h, g):
     assert error < 1e-12, name
 
 
+@pytest.mark.parametrize("form", [*FORMS, "both"])
+def test_a_state_may_also_grow(form):
+    """A is negative in every Mamba2, but nothing in the mathematics asks for it."""
+    tensors, rest = draw(11)
+    with torch.no_grad():
+        tensors["A"][::2] *= -1
+    scan, wanted = FORMS.get(form, ssd_bidirectional), ssd_recurrent
+    if form == "both":
+        wanted = lambda x, dt, A, B, C: (ssd_recurrent(x, dt, A, B, C)
+                                         + ssd_recurrent(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1)).flip(1))
+    name, error = worst(run(lambda **k: scan(chunk_size=4, **k), tensors, rest, states=form != "both"),
+                        run(wanted, tensors, rest, states=form != "both"))
+    assert error < 1e-12, name
+
+
 @pytest.mark.parametrize("both", [False, True])
 def test_gradcheck(both):
     tensors, _ = draw(7, b=1, h=2, g=1, p=2, n=2)
