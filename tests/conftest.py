@@ -1,5 +1,6 @@
 """Options of the kernel judge (tests/test_kernel.py), its table at the end of the run, and the root on sys.path."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -33,3 +34,9 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section(f"verdict on {config.getoption('kernel')}")
         for line in table(rows):
             terminalreporter.write_line(line)
+
+
+def pytest_configure(config):
+    """A shell that starts the tests in the background has them ignore Ctrl-C; the tests of Ctrl-C need it heard."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

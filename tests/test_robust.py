@@ -32,6 +32,7 @@ import sample as S
 import scan
 import tesa
 import train_tiny as toy
+from benchmarks.speed import KEEP_MEMORY
 from benchmarks import judge as ruler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -632,6 +633,8 @@ def test_bad_command_lines(program, args, says, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
+    for name, value in KEEP_MEMORY.items():                             # or a benchmark would begin anew, in place of pytest
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(S, "sample", lambda *_, **__: pytest.fail("sampled before checking"))
     monkeypatch.setattr(toy.Run, "advance", lambda *_: pytest.fail("trained before checking"))
     before, began = listing(place), time.process_time()
