@@ -502,7 +502,7 @@ def test_ctrl_c_in_one_process_stops_both_at_the_same_step(tmp_path):
 def test_torchrun_ends_when_a_worker_dies(tmp_path):
     out, script = tmp_path / "two.pt", tmp_path / "small.py"
     script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nopen({str(tmp_path)!r} + '/pid' + os.environ['RANK'], 'w').write(str(os.getpid()))\n" + SMALL + LATER)
-    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", "--master_port=0", script, "--steps", "100000",
+    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script, "--steps", "100000",
                             "--save-every", "0", "--device", "cpu", "--out", out], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     until(out.exists)
     os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
