@@ -22,9 +22,6 @@ self-attention in the place of MATE: with mixer="attention" the same file is the
 import argparse
 import dataclasses
 import math
-import os
-import signal
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -441,6 +438,7 @@ def describe(config, frames, height, width, words=8):
 
 def main():
     from benchmarks import pictures
+    pictures.end_with_the_reader()
     parser = argparse.ArgumentParser(description="The shapes that flow through LinGen, its parameters and its operations, part by part (fig. 2).")
     parser.add_argument("--preset", choices=PRESETS, default="tiny")
     parser.add_argument("--mixer", choices=("mate", "attention"), default="mate", help="attention: the DiT that the paper compares with")
@@ -452,8 +450,7 @@ def main():
     size = args.size or [p * (g or some) for p, g, some in zip(config.patch, config.grid, (4, 8, 8))]
     if not 1 <= min(size) <= max(size) <= 10**5:
         parser.error(f"--size {' '.join(map(str, size))}: 1 to 100000 along an axis")
-    if not args.out.endswith(".png") or os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(args.out) or "."):
-        parser.error(f"--out {args.out}: expected the name of a .png in a folder that exists")
+    pictures.check_out(parser, args.out)
     try:
         rows = describe(config, *size)
     except ValueError as error:
@@ -462,14 +459,8 @@ def main():
     print(f"{'part':26} {'shape':26} {'parameters':>14} {'million multiply-adds':>24}")
     for name, shape, parameters, products in rows:
         print(f"{name:26} {str(shape):26} {parameters:>14,} {products / 1e6:>24,.1f}")
-    try:
-        pictures.lingen_block().save(args.out)
-    except OSError as error:
-        sys.exit(f"cannot write {args.out}: {error}")
-    print(f"\nwrote {args.out}")
+    pictures.save(pictures.lingen_block(), args.out)
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends this as it ends other tools, without a word
     main()

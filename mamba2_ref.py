@@ -31,8 +31,6 @@ import argparse
 import contextlib
 import functools
 import math
-import os
-import signal
 import sys
 
 import torch
@@ -682,14 +680,14 @@ def _sum_from_right(t, dim):
 
 def main():
     from benchmarks import pictures
+    pictures.end_with_the_reader()
     parser = argparse.ArgumentParser(description="Three forms of one scan: how well they agree, and what they look like (LinGen fig. 3).")
     parser.add_argument("--length", type=int, default=300, help="tokens to compare the forms on (default 300)")
     parser.add_argument("--out", default="mamba2_maps.png", help="the picture (default mamba2_maps.png)")
     args = parser.parse_args()
     if not 1 <= args.length <= 4096:
         parser.error(f"--length {args.length}: choose 1 to 4096; the recurrence walks token by token")
-    if not args.out.endswith(".png") or os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(args.out) or "."):
-        parser.error(f"--out {args.out}: expected the name of a .png in a folder that exists")
+    pictures.check_out(parser, args.out)
     torch.manual_seed(0)
     b, l, h, p, g, n = 1, args.length, 4, 16, 1, 16
     inputs = dict(x=torch.randn(b, l, h, p), dt=torch.rand(b, l, h), A=-torch.rand(h), B=torch.randn(b, l, g, n), C=torch.randn(b, l, g, n))
@@ -702,14 +700,8 @@ def main():
             y = form(**{key: t.to(dtype) for key, t in inputs.items()})
             errors.append(((y - judge).square().mean() / judge.square().mean()).sqrt().item())
         print(f"{name:15} {errors[0]:.1e}    {errors[1]:.1e}")
-    try:
-        pictures.mamba2_maps().save(args.out)
-    except OSError as error:
-        sys.exit(f"cannot write {args.out}: {error}")
-    print(f"\nwrote {args.out}")
+    pictures.save(pictures.mamba2_maps(), args.out)
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # `| head` ends this as it ends other tools, without a word
     main()

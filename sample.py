@@ -599,9 +599,7 @@ def run(args, model, checkpoint, settings, texts):
         print(f"wrote {show(path)}: {caption!a}, seed {seed}")
     if args.emerge:
         from benchmarks import pictures
-        out = io.BytesIO()
-        pictures.emerging(snapshots, max(1, 96 // max(shape[1:]))).save(out, "PNG")
-        replace_file(args.emerge, out.getvalue())
+        pictures.write(pictures.emerging(snapshots, max(1, 96 // max(shape[1:]))), args.emerge)
         print(f"wrote {show(args.emerge)}")
     peak = "not measured on this system"
     if clip.is_cuda:

@@ -155,14 +155,10 @@ def table(shape, within):
 
 if __name__ == "__main__":
     import argparse
-    import os
-    import signal
-    import sys
 
     from benchmarks import pictures
 
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this as it ends other tools, without a word
+    pictures.end_with_the_reader()
     parser = argparse.ArgumentParser(description="How far apart neighbours of the grid land in the sequence.")
     parser.add_argument("--grid", type=int, nargs=3, default=[4, 8, 8], metavar=("T", "H", "W"),
                         help="frames, rows, columns of the grid to measure (default 4 8 8)")  # fmt: skip
@@ -175,12 +171,7 @@ if __name__ == "__main__":
         parser.error(f"--grid {args.grid} and --within {args.within}: every number must be at least 1")
     if args.grid[0] * args.grid[1] * args.grid[2] > 10**7:
         parser.error(f"--grid {args.grid} has more than ten million tokens; choose a smaller grid")
-    if not args.out.endswith(".png") or os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(args.out) or "."):
-        parser.error(f"--out {args.out}: expected the name of a .png in a folder that exists")
+    pictures.check_out(parser, args.out)
     print(f"How far apart neighbours of a {' x '.join(map(str, args.grid))} grid land in the sequence\n")
     print(table(args.grid, args.within))
-    try:
-        pictures.scan_orders([min(size, 4) for size in args.grid]).save(args.out)
-    except OSError as error:
-        sys.exit(f"cannot write {args.out}: {error}")  # a message and exit code 1
-    print(f"\nwrote {args.out}")
+    pictures.save(pictures.scan_orders([min(size, 4) for size in args.grid]), args.out)

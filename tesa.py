@@ -214,14 +214,10 @@ def spread(shape, layers):
 
 if __name__ == "__main__":
     import argparse
-    import os
-    import signal
-    import sys
 
     from benchmarks import pictures
 
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this as it ends other tools, without a word
+    pictures.end_with_the_reader()
     parser = argparse.ArgumentParser(description="Windows, shift and mask of Temporal Swin Attention (fig. 5).")
     for name, default, words in (("--grid", [8, 8, 8], "frames, rows, columns of tokens"),
                                  ("--window", [4, 4, 4], "size of a window"),
@@ -235,8 +231,7 @@ if __name__ == "__main__":
     length = shape[0] * shape[1] * shape[2]
     if max(shape) > 64:
         parser.error(f"--grid {args.grid}: more than 64 along an axis is too much to draw")
-    if not args.out.endswith(".png") or os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(args.out) or "."):
-        parser.error(f"--out {args.out}: expected the name of a .png in a folder that exists")
+    pictures.check_out(parser, args.out)
     try:
         layers = [windows(shape, window, by) for by in ((0, 0, 0), shift)] * 2
     except ValueError as error:
@@ -249,8 +244,4 @@ if __name__ == "__main__":
         span = " ".join(f"{len(axis.unique()):3d}" for axis in heard.nonzero().T)
         pairs = 100 * sizes.square().sum() / length**2
         print(f"{i:5}   {len(sizes):7}   {pairs:12.2f} %   {heard.sum():20} of {length:<17}   {span}")
-    try:
-        pictures.tesa_windows(shape, window, shift).save(args.out)
-    except OSError as error:
-        sys.exit(f"cannot write {args.out}: {error}")  # a message and exit code 1
-    print(f"\nwrote {args.out}")
+    pictures.save(pictures.tesa_windows(shape, window, shift), args.out)

@@ -389,6 +389,12 @@ class Run:
         self.losses.append((batch[0].shape[2], round(value, 6)))
         return value
 
+    def averaged(self):
+        """The model with the average of the weights: what a checkpoint samples from."""
+        model = lingen.LinGen(self.model.config).to(self.device)
+        model.load_state_dict(self.average)
+        return model.eval()
+
     def first_bad_module(self, batch):
         """The first module, in the order of the computation, whose output is not finite for this batch."""
         bad, hooks = [], []
@@ -552,9 +558,7 @@ def train(args, run, out, rank, world):
 def preview(run, path):
     """A clip of eight captions side by side, as the average draws them now."""
     from benchmarks import pictures
-    model = lingen.LinGen(run.model.config).to(run.device)
-    model.load_state_dict(run.average)
-    pictures.eight_clips(model, path, SAMPLING, run.settings["objects"])
+    pictures.eight_clips(run.averaged(), path, SAMPLING, run.settings["objects"])
 
 
 def main(argv=None):
@@ -584,9 +588,10 @@ def main(argv=None):
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {low} to {high}")
         if args.evaluate:
             from benchmarks.judge import evaluate
-            sample.check_shape(sample.load_model(args.evaluate, sample.choose_device(args.device))[0].config, args.frames, 32, 32)
+            model, checkpoint = sample.load_model(args.evaluate, sample.choose_device(args.device))
+            sample.check_shape(model.config, args.frames, 32, 32)
             wrong = 1
-            evaluate(args.evaluate, args.captions, args.frames, args.objects, args.device, args.seed)
+            evaluate(model, checkpoint, args.captions, args.frames, args.objects, args.seed)
         elif args.publish:
             sample.try_place(args.publish[1])
             publish(*args.publish)
@@ -597,9 +602,7 @@ def main(argv=None):
             sample.try_place(args.examples)
             wrong = 1
             from benchmarks import pictures
-            out = io.BytesIO()
-            pictures.examples().save(out, "PNG")
-            sample.replace_file(args.examples, out.getvalue())
+            pictures.write(pictures.examples(), args.examples)
             print(f"wrote {args.examples}")
         else:
             with contextlib.redirect_stderr(Listener(sys.stderr)):

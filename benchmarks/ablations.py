@@ -12,7 +12,6 @@ first for all, so that whatever stands in the CSV compares whole sets. The DiT a
 know places by themselves, but full attention without tables would not know one token from the next.
 """
 import argparse
-import json
 import statistics
 import sys
 import threading
@@ -29,7 +28,7 @@ from tqdm import tqdm  # noqa: E402
 import sample  # noqa: E402
 import train_tiny  # noqa: E402
 from benchmarks import common, judge  # noqa: E402
-from lingen import LinGen, preset  # noqa: E402
+from lingen import preset  # noqa: E402
 
 VARIANTS = {**common.VARIANTS, "DiT": dict(mixer="attention", grid=(16, 8, 8))}
 LENGTHS = (16, 64, 256)
@@ -42,12 +41,6 @@ def begin(variant, steps, seed):
     torch.set_float32_matmul_precision("medium")
     config = preset("tiny", vocab_size=len(train_tiny.VOCABULARY), **VARIANTS[variant])
     return train_tiny.Run(config, dict(steps=steps, seed=seed, objects=1, rate=2e-3), torch.device("cpu"))
-
-
-def average(run):
-    model = LinGen(run.model.config).eval()
-    model.load_state_dict(run.average)
-    return model
 
 
 def validation_loss(model, frames, tokens=2**14):
@@ -65,7 +58,7 @@ def child(variant, seed, steps, captions):
     for _ in tqdm(range(steps), desc=f"{variant}, seed {seed}", leave=False, disable=None):
         run.advance()
     trained = time.process_time() - began
-    model = average(run)
+    model = run.averaged()
     model.vocabulary = train_tiny.VOCABULARY
     row = {f"loss_{frames}": round(validation_loss(model, frames), 5) for frames in LENGTHS}
     _, result = judge.score(model, captions, 16, sample.steps_for(16, train_tiny.SAMPLING))
@@ -114,12 +107,8 @@ def main():
                         help=f"of: {', '.join(VARIANTS)} (default all)")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no row after so many minutes; rows in the CSV are not made again")
     parser.add_argument("--workers", type=int, default=1, help="rows at a time, each on one thread (default 1)")
-    parser.add_argument("--out", default=str(common.RESULTS), help="folder of the CSV files")
     parser.add_argument("--plot", default=str(common.ASSETS / "ablations.png"))
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        return print(json.dumps(child(**json.loads(args.child))))
+    args = common.arguments(parser, child)
     if min(args.steps, args.seeds, args.captions, args.workers) < 1:
         parser.error("--steps, --seeds, --captions and --workers must be at least 1")
     table = common.Table(Path(args.out) / "ablations.csv", resume=True)

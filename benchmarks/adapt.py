@@ -9,7 +9,6 @@ tables made for the short clips and stretched for the long ones, as the paper's 
 itself has none, and would have nothing to adapt.) Each run is a process of its own with one thread.
 """
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -64,12 +63,8 @@ def main():
     parser.add_argument("--steps", type=int, default=150, help="before the move, and as many after it (default 150)")
     parser.add_argument("--every", type=int, default=10, help="steps from one measurement to the next (default 10)")
     parser.add_argument("--seeds", type=int, default=2, help="how many (default 2)")
-    parser.add_argument("--out", default=str(common.RESULTS), help="folder of the CSV files")
     parser.add_argument("--plot", default=str(common.ASSETS / "adapt.png"))
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        return print(json.dumps(child(**json.loads(args.child))))
+    args = common.arguments(parser, child)
     if min(args.steps, args.every, args.seeds) < 1:
         parser.error("--steps, --every and --seeds must be at least 1")
     curves = common.Table(Path(args.out) / "adapt_curves.csv", quiet=True)

@@ -1,4 +1,5 @@
 """What the scripts that check the paper's claims share: variants, models to time, tables that outlive Ctrl-C, plots."""
+import argparse
 import csv
 import io
 import json
@@ -78,16 +79,24 @@ def peak_mib(device="cpu"):
     return torch.cuda.max_memory_allocated() / 2**20 if torch.device(device).type == "cuda" else most_memory()
 
 
-def keep_memory():
-    """Begin this script anew with an allocator that keeps memory between calls, so that no clearing of pages is timed."""
-    if sys.platform == "linux" and KEEP_MEMORY.items() - os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
+def arguments(parser, child):
+    """The arguments of a script that measures in processes of its own, --out among them.
+
+    In such a process, see `in_fresh_process`, its part is done here, child(**REQUEST), and the script ends.
+    """
+    parser.add_argument("--out", default=str(RESULTS), help="folder of the CSV files")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(child(**json.loads(args.child))))
+        sys.exit()
+    return args
 
 
 def in_fresh_process(script, threads=None, keep=False, **request):
     """What `script --child REQUEST` prints as its last line, JSON: only in a process of its own is a peak its own.
 
-    threads: of torch, if not as here. keep: memory between calls, as in `keep_memory`.
+    threads: of torch, if not as here. keep: memory between calls, as in `speed.keep_memory`.
     """
     env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **(KEEP_MEMORY if keep else {})}
     run = subprocess.run([sys.executable, script, "--child", json.dumps(request)], stdout=subprocess.PIPE, text=True, env=env)

@@ -9,7 +9,6 @@ squares; in bfloat16 each takes two bytes. Guidance doubles the batch, as sample
 card for the driver and the screen. Left out: the text encoder and the autoencoder, which can run before and after.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -79,12 +78,7 @@ def fit(points):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu: the model; cuda: measured")
-    parser.add_argument("--out", default=str(common.RESULTS), help="folder of the CSV")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        request = json.loads(args.child)
-        return print(json.dumps((child_longest if "card" in request else child_peak)(**request)))
+    args = common.arguments(parser, lambda **request: (child_longest if "card" in request else child_peak)(**request))
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     held = {}

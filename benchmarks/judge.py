@@ -303,10 +303,10 @@ def score(model, n, frames, options, objects=1, held_out_only=False, seed=0):
     return records, summary(records)
 
 
-def evaluate(path, n=100, frames=16, objects=1, device=None, seed=0):
-    """Print how right a checkpoint is: captions of combinations seen in training, and of those held out of it."""
+def evaluate(model, checkpoint, n=100, frames=16, objects=1, seed=0):
+    """Print how right a checkpoint, as `sample.load_model` returns it, is: captions of combinations seen in training,
+    and of those held out of it."""
     torch.set_float32_matmul_precision("medium")
-    model, checkpoint = sample.load_model(path, sample.choose_device(device))
     model.vocabulary = checkpoint["vocabulary"]
     options = sample.steps_for(frames, checkpoint["sampling"])
     results = [score(model, n, frames, options, objects, held, seed) for held in (False, True)]

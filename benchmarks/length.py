@@ -9,7 +9,6 @@ weights and all). Attention stops where it would take longer than --limit. The 4
 on a GPU the scan takes mamba-ssm's kernels where they are installed, and attention is torch's flash attention.
 """
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -59,12 +58,8 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: in bfloat16")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each point, at most (default 5)")
     parser.add_argument("--limit", type=float, default=120, help="no step of attention that would take more seconds (default 120)")
-    parser.add_argument("--out", default=str(common.RESULTS), help="folder of the CSV")
     parser.add_argument("--plot", help="the plot, a PNG (default: assets/length.png for the tiny preset on the CPU, else none)")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        return print(json.dumps(child(**json.loads(args.child))))
+    args = common.arguments(parser, child)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     if args.pixels % 16 or not 16 <= args.pixels <= 4096 or min(args.seconds or [1]) < 1 or args.repeats < 1:

@@ -9,7 +9,6 @@ attribute that the caption names, one object and nothing else, steady, and 0.85 
 """
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -54,12 +53,8 @@ def main():
     parser.add_argument("--held-out", action="store_true", help="captions whose combination was kept from training")
     parser.add_argument("--seed", type=int, default=0, help="of captions and noise")
     parser.add_argument("--device", help="where the judged clips are sampled: default cuda, else mps, else cpu")
-    parser.add_argument("--out", default=str(common.RESULTS), help="folder of the CSV files")
     parser.add_argument("--plot", default=str(common.ASSETS / "minute.png"))
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        return print(json.dumps(child(**json.loads(args.child))))
+    args = common.arguments(parser, child)
     if any(frames % 16 or not 16 <= frames <= 4096 for frames in args.frames) or args.captions < 1:
         parser.error("--frames must be multiples of 16 up to 4096, --captions at least 1")
     torch.set_float32_matmul_precision("medium")                                    # as in training and in sample.py

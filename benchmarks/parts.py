@@ -20,6 +20,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from benchmarks import common  # noqa: E402
+from benchmarks.speed import keep_memory  # noqa: E402
 
 PAPER = {"default": 102, "without TESA": 94, "without RMS": 99, "zigzag for RMS": 144, "without MA-branch": 65, "without review": 98}
 
@@ -62,5 +63,5 @@ def main():
 
 
 if __name__ == "__main__":
-    common.keep_memory()
+    keep_memory()
     common.run(main, "parts.py")

@@ -7,7 +7,10 @@ or a shade, for those who print in grey. One size of letters, a white ground. Ea
 when it is run, by the function of its name here. Only Pillow is needed.
 """
 import argparse
+import io
 import math
+import os
+import signal
 import sys
 import tempfile
 import textwrap
@@ -69,6 +72,38 @@ class Page:
 
     def done(self):
         return self.page.reduce(self.larger)
+
+
+# ---- what the demonstrations of the files share -----------------------------------------------------------------
+
+
+def end_with_the_reader():
+    """`| head` ends a demonstration as it ends other tools, without a word."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def check_out(parser, out):
+    """End with the parser's error, before any work, where the picture --out could not be written."""
+    if not out.endswith(".png") or os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or "."):
+        parser.error(f"--out {out}: expected the name of a .png in a folder that exists")
+
+
+def write(picture, path):
+    """The picture as PNG at `path`, whole or not at all. OSError where it cannot be written."""
+    from sample import replace_file
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    replace_file(path, out.getvalue())
+
+
+def save(picture, out):
+    """`write`, and say so; where it fails, a message and exit code 1."""
+    try:
+        write(picture, out)
+    except OSError as error:
+        sys.exit(f"cannot write {out}: {error}")
+    print(f"\nwrote {out}")
 
 
 # ---- scan.py --------------------------------------------------------------------------------------------------
@@ -291,7 +326,7 @@ def eight_clips(model, path, sampling, objects=1, scale=None):
     import sample
     from train_tiny import VOCABULARY, caption, random_specs
     captions = [caption(s, plain=True) for s in random_specs(8, torch.Generator().manual_seed(1), objects, held_out_only=True)]
-    clips = sample.sample(model.eval(), sample.encode(captions, VOCABULARY), (16, 32, 32), **sample.steps_for(16, sampling))
+    clips = sample.sample(model, sample.encode(captions, VOCABULARY), (16, 32, 32), **sample.steps_for(16, sampling))
     clips = F.pad(clips, (1, 1, 1, 1), value=0.2).view(2, 4, 3, 16, 34, 34)                  # a thin frame around each
     clips = clips.permute(2, 3, 0, 4, 1, 5).reshape(3, 16, 68, 136)                          # two rows of four
     sample.write_clip(path, sample.to_frames(clips), fps=sampling["fps"], scale=scale, settings={"captions": captions})
@@ -308,7 +343,7 @@ def main():
     model, checkpoint = sample.load_model(args.checkpoint)
     for name, picture in (("scan_orders", scan_orders((4, 4, 4))), ("mamba2_maps", mamba2_maps()), ("lingen_block", lingen_block()),
                           ("tesa_windows", tesa_windows((8, 8, 8), (4, 4, 4), (2, 2, 2))), ("examples", examples())):
-        picture.save(args.out / f"{name}.png")
+        write(picture, args.out / f"{name}.png")
     eight_clips(model, args.out / "hero.gif", checkpoint["sampling"], checkpoint.get("training", {}).get("objects", 1), scale=5)
     with tempfile.TemporaryDirectory() as folder:
         code = sample.main(["a red circle moving right", "--checkpoint", args.checkpoint, "--out", f"{folder}/clip.gif",

@@ -30,6 +30,12 @@ HEADS, HEADDIM, D_STATE = 8, 32, 32
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**28)}
 
 
+def keep_memory():
+    """Begin this script anew with an allocator that keeps memory between calls: it reads its settings as a process begins."""
+    if sys.platform == "linux" and KEEP_MEMORY.items() - os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
+
+
 def inputs(length, dtype=torch.float32):
     """Batch 1, 8 heads of 32, one group, d_state 32: x, dt, A, B, C."""
     make = torch.Generator().manual_seed(0)
@@ -226,8 +232,8 @@ def main():
         return print_peak(args.peak[0], *map(int, args.peak[1:]))
     if unknown := set(args.tables) - set(TABLES):
         parser.error(f"there is no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
-    if sys.platform == "linux" and not args.give_back and KEEP_MEMORY.items() - os.environ.items():     # read as a process begins
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
+    if not args.give_back:
+        keep_memory()
     os.makedirs(args.out, exist_ok=True)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}\n")
     for table in args.tables or TABLES:

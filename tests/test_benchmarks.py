@@ -207,7 +207,7 @@ def test_ablations_train_by_the_recipe_and_measure_on_held_out_clips(monkeypatch
     seen = []
     make = train_tiny.make_batch
     monkeypatch.setattr(train_tiny, "make_batch", lambda *args, **kwargs: seen.append(make(*args, **kwargs)) or seen[-1])
-    model = ablations.average(mine)
+    model = mine.averaged()
     assert ablations.validation_loss(model, 16, 1024) == ablations.validation_loss(model, 16, 1024)
     assert train_tiny.held_out(seen[0][2]).all() and seen[0][0].shape == (4, 3, 16, 32, 32)
 

@@ -1,6 +1,4 @@
 """The three forms of the scan against each other, the fast form against its plain twin, and the layers."""
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
