@@ -64,6 +64,7 @@ class LinGenConfig:
     scan: str = "rotary"                # the order turns with the layer; or one name of scan.SCANS, or "zigzag"
     pool: tuple = (2, 4, 4)             # tokens under one review token
     window: tuple = (4, 4, 4)           # tokens of one TESA window
+    torus: bool = False                 # rows and columns go around, as in the toy world: TESA's positions then do, too
     # Mamba2
     d_state: int = 32
     headdim: int = 32
@@ -89,7 +90,7 @@ PRESETS = {
     # Trains on a laptop's CPU: see train_tiny.py. No position tables: the scan and the windows know who is next to whom,
     # what is true of one moment and one place of the toy world, a torus, is true of all, and a clip may then be as long
     # as one likes. Full attention knows no neighbours: with mixer="attention" give it tables, as grid=(16, 8, 8).
-    "tiny": dict(grid=(0, 0, 0), window=(2, 8, 8), predicts="pixels"),
+    "tiny": dict(grid=(0, 0, 0), window=(4, 8, 8), torus=True, predicts="pixels"),
     # For one consumer GPU.
     "small": dict(channels=16, patch=(1, 2, 2), grid=(34, 16, 16), d_model=768, depth=16, nheads=12, d_state=64, headdim=64,
                   expand=2.0, text_dim=1024, text_length=256, window=(8, 4, 4), pool=(4, 4, 4), predicts="velocity", chunk_size=64),
@@ -143,7 +144,7 @@ class MATE(nn.Module):
             self.ma = BidirectionalMamba2(config.d_model, config.d_state, config.d_conv, config.expand, config.headdim,
                                           config.ngroups, chunk_size=config.chunk_size, backend=config.backend)
         if config.tesa:
-            self.tesa = TemporalSwinAttention(config.d_model, config.nheads, config.window, config.shift(layer))
+            self.tesa = TemporalSwinAttention(config.d_model, config.nheads, config.window, config.shift(layer), config.torus)
 
     def forward(self, grid):
         out = 0 if self.tesa is None else self.tesa(grid)
@@ -305,11 +306,13 @@ def pixels(out, clip, t):
 
     Choice. Were every pixel either -1 or 1, Bayes' rule would make its mean tanh(prior + t x / (1 - t)^2): half the
     log-odds of the two Gaussians around -t and t that x may come from. So the network need only learn the prior, from
-    all the other pixels, and none of what it sees anyway; tanh makes flat colours flat. At the soft edges of shapes,
-    which are neither -1 nor 1, certainty would be wrong: t / 2 in the denominator ends the factor at 2.
+    all the other pixels, and none of what it sees anyway; tanh makes flat colours flat. But the soft edges of shapes are
+    neither -1 nor 1. Where no noise is left, a pixel is what one sees: with the network silent, tanh(atanh(x)) = x. One
+    formula says both: near the noise k is t / (1 - t)^2 and atanh(k x) = k x; at t = 1 k is 1 (0.97: atanh(1) is infinite).
     """
     at = t.view(-1, 1, 1, 1, 1).to(out.dtype)
-    return torch.tanh(out + clip * at / ((1 - at) ** 2 + at / 2))
+    own = 0.97 * at / ((1 - at) ** 2 + at) * clip
+    return torch.tanh(out + torch.atanh(own.clamp(-0.98, 0.98)))
 
 
 def position_table(table, size):
@@ -344,7 +347,7 @@ def check_config(c):
     for name in ("mlp_ratio", "expand"):
         if type(getattr(c, name)) not in (int, float) or not 0 < getattr(c, name) <= 1000:
             raise ValueError(f"{name} must be a number above 0, 1000 at most, got {getattr(c, name)!r:.60}")
-    for name in ("ma", "tesa", "review"):
+    for name in ("ma", "tesa", "review", "torus"):
         if type(getattr(c, name)) is not bool:
             raise ValueError(f"{name} must be True or False, got {getattr(c, name)!r:.60}")
     choices = {"predicts": ("clean", "pixels", "velocity"), "mixer": ("mate", "attention"), "scan": ("rotary", "zigzag", *SCANS),

@@ -9,7 +9,6 @@ in finite steps, and may draw the noise that is left afresh at each of them (`fr
 
     words, encode              caption -> numbers of words                    (b, n) int64
     times                      where the steps stop                           (steps + 1,)
-    shift_for, steps_for       what the clip's length changes in that
     sample                     the steps themselves                           (b, c, t, h, w) in [-1, 1]
     load_checkpoint, load_model
     to_frames, write_clip, read_settings                                      (frames, height, width, 3) uint8
@@ -147,18 +146,9 @@ def times(steps: int, schedule: str = "uniform", shift: float = 1.0):
     return u.float()                                                                  # (steps + 1,)
 
 
-def shift_for(frames: int, sampling: dict) -> float:
-    """The shift of "shifted" times for a clip of so many frames, from a checkpoint's sampling defaults.
-
-    A shape is seen in the noise by averaging over all its frames, and that average is quieter by the square root of
-    their number: a longer clip is decided nearer to the noise, in training (train_tiny.draw_times) and here.
-    """
-    return min(100.0, max(1.0, sampling.get("shift", 1.0) * math.sqrt(frames / sampling.get("frames", frames))))
-
-
-def steps_for(frames: int, sampling: dict) -> dict:
-    """The arguments of `sample` that say how to step, for a clip of so many frames, from a checkpoint's sampling defaults."""
-    return {**{name: sampling[name] for name in ("steps", "guidance", "schedule", "fresh") if name in sampling}, "shift": shift_for(frames, sampling)}
+def steps_for(sampling: dict) -> dict:
+    """The arguments of `sample` that say how to step, from a checkpoint's sampling defaults."""
+    return {name: sampling[name] for name in ("steps", "guidance", "schedule", "shift", "fresh") if name in sampling}
 
 
 def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", shift=1.0, fresh=0.0, seed=0,
@@ -556,7 +546,6 @@ def prepare(args):
                 "seed": 0, "schedule": "uniform", "shift": 1.0}
     for source in (checkpoint["sampling"], vars(args)):  # the later overrules the earlier
         settings |= {name: source[name] for name in settings if source.get(name) is not None}
-    settings["shift"] = shift_for(settings["frames"], checkpoint["sampling"])
     check_shape(model.config, settings["frames"], settings["height"], settings["width"])
     times(settings["steps"], settings["schedule"], settings["shift"])
     if model.config.channels != 3:

@@ -100,17 +100,20 @@ def window_mask(shape, window, shift, device):
 
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def rotation(window, e, dtype, device):
+def rotation(window, e, dtype, device, around=(False, False, False)):
     """Cosines and sines (m, e) that turn queries and keys by their place in the window: rotary positions.
 
     The e/2 pairs of features (i, i + e/2) take the axes t, h, w in turn, each with wavelengths from about 2
-    to 14 tokens. A score then depends on places through their differences alone.
+    to 14 tokens. A score then depends on places through their differences alone. An axis that goes around, its last
+    token next to its first, has waves that go around in whole turns instead: lengths size/1, size/2, ... to about 2.
     """
     place = torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in window)).view(-1, 3).double()  # (m, 3)
     pairs, angles = e // 2, torch.zeros(len(place), e, dtype=torch.float64, device="cpu")  # an odd feature left over keeps angle 0
     for axis in range(3):
         own = torch.arange(axis, pairs, 3, device="cpu")
         waves = math.pi * 2 ** (-3 * (own // 3 + 0.5).double() / max(1, len(own)))
+        if around[axis]:
+            waves = 2 * math.pi / window[axis] * (1 + torch.arange(len(own), device="cpu") % max(1, window[axis] // 2)).double()
         angles[:, own] = angles[:, own + pairs] = place[:, axis, None] * waves
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
@@ -124,6 +127,7 @@ class TemporalSwinAttention(nn.Module):
     d_model   d, a multiple of nheads
     window    (t, h, w) in tokens. choice: the paper says only "small"; callers choose
     shift     (t, h, w), 0 <= shift < window: (0, 0, 0) in even layers, half a window in odd ones
+    torus     rows and columns go around (train_tiny.py's world does): heeded along an axis that the window covers whole
     Along an axis that the window covers whole, it is cut to the axis and the shift is dropped.
     ValueError for sizes that do not fit, in the constructor and in forward.
 
@@ -132,12 +136,12 @@ class TemporalSwinAttention(nn.Module):
     "moving right", and for another if it says "up". On the toy of train_tiny.py this makes motion learnable soon.
     """
 
-    def __init__(self, d_model, nheads, window=(4, 4, 4), shift=(0, 0, 0)):
+    def __init__(self, d_model, nheads, window=(4, 4, 4), shift=(0, 0, 0), torus=False):
         super().__init__()
         if nheads < 1 or d_model < 1 or d_model % nheads:
             raise ValueError(f"d_model={d_model} cannot be split among nheads={nheads}; choose a multiple of nheads")
         _check(window, shift)
-        self.nheads, self.window, self.shift = nheads, tuple(window), tuple(shift)
+        self.nheads, self.window, self.shift, self.torus = nheads, tuple(window), tuple(shift), torus
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.proj = nn.Linear(d_model, d_model)
 
@@ -156,7 +160,8 @@ class TemporalSwinAttention(nn.Module):
         parts = partition(grid, window, shift)  # (b, k, m, d)
         k = parts.shape[1]
         qkv = rearrange(self.qkv(parts), "b k m (three n e) -> three (b k) n m e", three=3, n=self.nheads)
-        cos, sin = rotation(window, qkv.shape[-1], qkv.dtype, grid.device)  # (m, e)
+        around = tuple(self.torus and axis > 0 and window[axis] == shape[axis] for axis in range(3))
+        cos, sin = rotation(window, qkv.shape[-1], qkv.dtype, grid.device, around)  # (m, e)
         (q, key), v = qkv[:2] * cos + quarter_turn(qkv[:2]) * sin, qkv[2]  # (b*k, n, m, e)
 
         mask = window_mask(shape, window, shift, grid.device)  # (k, m, m)

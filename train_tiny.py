@@ -230,10 +230,13 @@ STAGES = (Stage(1, 64, 0.04), Stage(4, 48, 0.10), Stage(16, 16, 0.66), Stage(64,
 IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
 LONG_EVERY = 2          # in the last stage every second step still shows shorter clips: on long ones alone it unlearns them
 TWO_EVERY = 3           # with --objects 2, two of three steps show two objects
-DROP = 0.1              # captions taken away, so that guidance has a model without caption to compare with
+ANY_TIME = 0.1          # of the clips are shown at any time, all equally likely: see `draw_times`
+OWN_FROM = 0.6          # of all steps: from here on, while the learning rate falls, the model meets its own predictions: see `rehearse`
+OWN = 0.75              # of the clips whose places are settled
+DROP = 0.1              # of the captions are taken away, so that guidance has a model without caption to compare with; and of the words
+                        # of the others: what "left" means must be learnt without regard to what goes there
 
-# What a checkpoint asks of sample.py: these are the defaults that `python sample.py` falls back to. The shift is that
-# of clips of `frames` frames; sample.shift_for moves it for others.
+# What a checkpoint asks of sample.py: these are the defaults that `python sample.py` falls back to.
 SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 48, "guidance": 1.0, "schedule": "shifted", "shift": 12.0,
             "fresh": 1.0}
 
@@ -248,21 +251,29 @@ def stage_at(step, steps):
     return stage
 
 
+def nearer_to_noise(logit, frames):
+    """A logit of t, as it is for clips of 16 frames, at as many frames as these: see `draw_times`."""
+    return logit - 0.5 * math.log(frames / 16)
+
+
 def draw_times(n, frames, generator):
     """Times t (n,) in (0, 1) to train at: logit-normal, as Movie Gen, but nearer to the noise, and the nearer the longer.
 
     Flat shapes in big patches stay readable through a lot of noise: one sees *where* a shape is as soon as the
     noise, averaged over all its pixels in all frames, falls below it. All that is hard to learn lies before that
     moment, and four times the frames halve the noise of the average: the mean of logit t moves by -ln(2) for them.
+    But a tenth of the times are drawn evenly, or the last steps of the sampler, which draw the edges, are never practised.
     """
-    middle = -2.0 - 0.5 * math.log(frames / 16)
-    return torch.sigmoid(middle + 1.2 * torch.randn(n, generator=generator))
+    t = torch.sigmoid(nearer_to_noise(-2.0, frames) + 1.2 * torch.randn(n, generator=generator))
+    anywhere = torch.rand(2, n, generator=generator)
+    return torch.where(anywhere[0] < ANY_TIME, anywhere[1], t)
 
 
 def training_batch(step, steps, seed, objects=1):
     """Everything random in a step, made from (seed, step) alone: whoever resumes at a step sees the same data.
 
-    Returns clips (b, 3, frames, 32, 32), text (b, n), t (b,), noise like clips.
+    Returns clips (b, 3, frames, 32, 32), text (b, n), t (b,), noise like clips; and for `rehearse` earlier times (b,), 0
+    where there is nothing to rehearse, and the noise of those, like clips.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     stage = stage_at(step, steps)
@@ -273,12 +284,38 @@ def training_batch(step, steps, seed, objects=1):
     several = objects if objects == 1 or step % TWO_EVERY else 1
     clips, captions, _ = make_batch(stage.batch, stage.frames, generator, objects=several)
     text = sample.encode(captions, VOCABULARY)                                              # (b, n)
-    text[torch.rand(len(text), generator=generator) < DROP] = 0
-    return clips, text, draw_times(len(clips), stage.frames, generator), torch.randn(clips.shape, generator=generator)
+    lost = torch.rand(len(text), 1, generator=generator), torch.rand(text.shape, generator=generator)
+    text[(lost[0] < DROP) | (lost[1] < DROP)] = 0
+    t, noise = draw_times(len(clips), stage.frames, generator), torch.randn(clips.shape, generator=generator)
+    settled = torch.sigmoid(torch.tensor(nearer_to_noise(-1.7, stage.frames)))
+    chance, when = torch.rand(2, len(clips), generator=generator)
+    own = (t > settled) & (chance < OWN) & (step >= OWN_FROM * steps)
+    earlier = torch.where(own, settled + when * (t - settled), 0.0)
+    return clips, text, t, noise, earlier, torch.randn(clips.shape, generator=generator)
 
 
-def flow_matching_loss(model, clips, text, t, noise):
+@torch.no_grad()
+def rehearse(model, clips, text, earlier, noise):
+    """Clips as the sampler meets them: where earlier > 0, what the model makes of them at that time, noise for noise.
+
+    A sampler feeds the model its own predictions, and no training clip has their faults: a shape that jumps where two
+    tokens meet in time, an edge that frays. Asked for the clip behind its own prediction, the model learns to mend them
+    (the remedy for what is called exposure bias). But not before a time, `settled` in `training_batch`, when a shape's
+    place is certain: the prediction is then a blur of many places, and to be true to it would mean never to decide.
+    """
+    own = earlier > 0
+    if own.any():
+        at = earlier[own].view(-1, 1, 1, 1, 1)
+        predicted = model((1 - at) * noise[own] + at * clips[own], earlier[own], text[own])
+        clips = clips.clone()
+        clips[own] = predicted.to(clips.dtype)
+    return clips
+
+
+def flow_matching_loss(model, clips, text, t, noise, shown=None):
     """How far the predicted clean clip at x_t = (1 - t) noise + t clip is from the clip, both in [-1, 1].
+
+    shown: what stands in x_t in the place of the clip, see `rehearse`.
 
     Choice: the network predicts the clip, and the sampler takes the velocity from it, (clip - x_t) / (1 - t). Each
     target gives the other, but the clip is flat and bounded where the velocity is mostly noise to be copied.
@@ -288,7 +325,7 @@ def flow_matching_loss(model, clips, text, t, noise):
     just left, where the squared error hardly does.
     """
     at = t.view(-1, 1, 1, 1, 1)
-    brightness = (1 + model((1 - at) * noise + at * clips, t, text)) / 2
+    brightness = (1 + model((1 - at) * noise + at * (clips if shown is None else shown), t, text)) / 2
     if brightness.isnan().any():        # of which the cross-entropy would complain in its own words; see Run.advance
         return brightness.mean()
     return F.binary_cross_entropy(brightness, (1 + clips) / 2)
@@ -362,7 +399,8 @@ class Run:
         steps = self.settings["steps"]
         batch = training_batch(self.step, steps, self.settings["seed"], self.settings["objects"])
         share = len(batch[0][rank::world]) / len(batch[0])              # of several processes, each takes its rows
-        loss = share * flow_matching_loss(self.model, *(part[rank::world].to(self.device) for part in batch))
+        clips, text, t, noise, earlier, before = (part[rank::world].to(self.device) for part in batch)
+        loss = share * flow_matching_loss(self.model, clips, text, t, noise, rehearse(self.model, clips, text, earlier, before))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, steps, self.settings["rate"])
@@ -404,7 +442,7 @@ class Run:
                     bad.append(name or "the output")
             hooks.append(module.register_forward_hook(look))
         with torch.no_grad():
-            flow_matching_loss(self.model, *(part.to(self.device) for part in batch))
+            flow_matching_loss(self.model, *(part.to(self.device) for part in batch[:4]))
         for hook in hooks:
             hook.remove()
         return bad[0] if bad else "the backward pass"

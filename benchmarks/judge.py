@@ -308,7 +308,7 @@ def evaluate(model, checkpoint, n=100, frames=16, objects=1, seed=0):
     and of those held out of it."""
     torch.set_float32_matmul_precision("medium")
     model.vocabulary = checkpoint["vocabulary"]
-    options = sample.steps_for(frames, checkpoint["sampling"])
+    options = sample.steps_for(checkpoint["sampling"])
     results = [score(model, n, frames, options, objects, held, seed) for held in (False, True)]
     seen, new = (result for _, result in results)
     print(f"{n} captions each, {frames} frames, {objects} object{'s' * (objects > 1)}, {options['steps']} steps, guidance {options['guidance']}\n")

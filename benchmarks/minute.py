@@ -63,7 +63,7 @@ def main():
     table = common.Table(Path(args.out) / "minute.csv")
     for frames in tqdm(args.frames, unit="length", leave=False, disable=None):
         one = common.in_fresh_process(__file__, checkpoint=args.checkpoint, frames=frames)
-        options = sample.steps_for(frames, checkpoint["sampling"])
+        options = sample.steps_for(checkpoint["sampling"])
         records, result = judge.score(model, args.captions, frames, options, held_out_only=args.held_out, seed=args.seed)
         seconds = torch.stack([record["good"].view(-1, 16).all(1) for record in records])       # (captions, seconds)
         table.add(frames=frames, seconds_of_film=frames // 16, seconds_to_make=round(one["seconds"], 1), peak_mib=round(one["mib"]),

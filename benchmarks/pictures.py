@@ -326,7 +326,7 @@ def eight_clips(model, path, sampling, objects=1, scale=None):
     import sample
     from train_tiny import VOCABULARY, caption, random_specs
     captions = [caption(s, plain=True) for s in random_specs(8, torch.Generator().manual_seed(1), objects, held_out_only=True)]
-    clips = sample.sample(model, sample.encode(captions, VOCABULARY), (16, 32, 32), **sample.steps_for(16, sampling))
+    clips = sample.sample(model, sample.encode(captions, VOCABULARY), (16, 32, 32), **sample.steps_for(sampling))
     clips = F.pad(clips, (1, 1, 1, 1), value=0.2).view(2, 4, 3, 16, 34, 34)                  # a thin frame around each
     clips = clips.permute(2, 3, 0, 4, 1, 5).reshape(3, 16, 68, 136)                          # two rows of four
     sample.write_clip(path, sample.to_frames(clips), fps=sampling["fps"], scale=scale, settings={"captions": captions})

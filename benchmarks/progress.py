@@ -49,7 +49,7 @@ def watch(path, target, captions):
         step, steps = training.get("step", 0), training.get("steps", 0)
         if step >= done + steps / 20 or step == steps > done:
             done = step
-            _, result = score(model, captions, 16, sample.steps_for(16, checkpoint["sampling"]), held_out_only=True)
+            _, result = score(model, captions, 16, sample.steps_for(checkpoint["sampling"]), held_out_only=True)
             rows = [row for row in rows if row["step"] < step] + [{"step": step, **{name: round(result[name], 4) for name in JUDGED}}]
             text = io.StringIO()
             table = csv.DictWriter(text, ["step", *JUDGED], lineterminator="\n")

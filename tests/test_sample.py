@@ -663,9 +663,3 @@ def test_help_and_typing_errors_do_not_wait_for_torch():
     assert done.stdout == "2 False\n", done.stderr
     done = script("--help")
     assert done.returncode == 0 and "--guidance" in done.stdout and done.stdout.isascii()
-
-
-def test_longer_clips_start_nearer_to_the_noise():
-    defaults = {"frames": 16, "shift": 12.0}
-    assert S.shift_for(16, defaults) == 12 and S.shift_for(64, defaults) == 24 and S.shift_for(1, defaults) == 3
-    assert S.shift_for(4096, defaults) == 100 and S.shift_for(16, {}) == 1                 # never outside the limits
