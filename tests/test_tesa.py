@@ -126,6 +126,21 @@ def test_whole_windows_need_no_mask_and_tables_are_made_once():
     assert tesa.rotation((4, 2, 2), 8, torch.float32, cpu) is tesa.rotation((4, 2, 2), 8, torch.float32, cpu)
 
 
+def test_on_a_torus_who_moves_the_grid_around_moves_the_output():
+    """With and without: rows and columns that go around are equivariant to every roll, and only they are."""
+    grid = torch.randn(1, 5, 4, 6, 12, dtype=torch.float64)
+    for window, torus, rolls in (((2, 4, 6), True, (True, True)), ((2, 9, 8), True, (True, True)), ((2, 4, 3), True, (True, False)),
+                                 ((2, 4, 6), False, (False, False))):
+        torch.manual_seed(0)
+        layer = TemporalSwinAttention(12, 2, window, (1, 0, 0), torus).double()
+        for axis, by, holds in ((2, 1, rolls[0]), (2, -2, rolls[0]), (3, 1, rolls[1]), (3, 4, rolls[1]), (1, 1, False)):
+            moved = layer(grid.roll(by, axis))
+            assert torch.allclose(moved, layer(grid).roll(by, axis)) == holds, (window, torus, axis, by)
+    # Every offset around the torus has an angle of its own, or a query could not tell where to look.
+    cos, sin = tesa.rotation((1, 8, 1), 32, torch.float64, torch.device("cpu"), (False, True, False))
+    assert (torch.cdist(torch.cat([cos, sin], 1), torch.cat([cos, sin], 1)) + 9 * torch.eye(8)).min() > 1
+
+
 def test_cost_is_linear_in_the_frames():
     from torch.utils.flop_counter import FlopCounterMode
 
