@@ -36,7 +36,7 @@ def test_2_which_tokens_hear():
         pair = [tesa.windows(shape, window, shift) for shift in ((0, 0, 0), half)]
         return [int(heard.sum()) for heard in tesa.spread(shape, pair * 8)]
     assert layers((8, 8, 8), (4, 4, 4))[:3] == [64, 216, 512]
-    thin = layers((16, 8, 8), (2, 8, 8))            # the toy's window: all of a frame, but only two tokens of time
+    thin = layers((16, 8, 8), (2, 8, 8))            # all of a frame, but only two tokens of time
     assert [n // 64 for n in thin[:4]] == [2, 4, 6, 8] and thin.index(16 * 64) == 8      # counted from 0: the ninth layer
     deep = layers((16, 8, 8), (8, 4, 4))            # as many tokens in a window, more of them in time: the third layer
     assert deep.index(16 * 64) == 2
@@ -131,9 +131,9 @@ def test_8_where_the_dit_overtakes():
     """Twice the frames cost MATE twice the operations; full attention has a term that grows fourfold."""
     def operations(mixer, frames):                                  # of the last row that `python lingen.py` prints
         return lingen.describe(lingen.preset("tiny", vocab_size=40, mixer=mixer, depth=1), frames, 32, 32)[-1][-1]
-    mate, dit = ([operations(mixer, frames) for frames in (16, 32, 256, 512)] for mixer in ("mate", "attention"))
+    mate, dit = ([operations(mixer, frames) for frames in (32, 64, 256, 512)] for mixer in ("mate", "attention"))
     assert mate[3] / mate[2] == pytest.approx(2, rel=0.01) and dit[3] / dit[2] > 3
-    assert dit[0] < mate[0] and dit[1] > mate[1]                    # they cross between 256 and 512 tokens
+    assert dit[0] < mate[0] and dit[1] > mate[1]                    # they cross between 512 and 1024 tokens
 
 
 def test_9_heun_instead_of_euler():
