@@ -1,7 +1,7 @@
 """How fast the scan is, against other plain-PyTorch scans, against itself in two directions, and against attention.
 
     python benchmarks/speed.py                     all tables, some ten minutes on two cores
-    python benchmarks/speed.py peers linear        some of them: peers, linear, both, mate, floor, bf16
+    python benchmarks/speed.py peers linear        some of them: peers, linear, both, mate, floor, bf16, gpu (where there is one)
 
 Times are medians of runs taken in turn (ours, theirs, ours, ...), since a shared machine drifts: read the ratios.
 Peak memory is what a process of its own adds while it runs. The peers are functions that pip installs: mamba-ssm's
@@ -22,7 +22,7 @@ sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
 
-from mamba2_ref import BidirectionalMamba2, Mamba2, ssd_bidirectional, ssd_chunked  # noqa: E402
+from mamba2_ref import BidirectionalMamba2, Mamba2, _official_scan, ssd, ssd_bidirectional, ssd_chunked, ssd_chunked_plain  # noqa: E402
 
 HEADS, HEADDIM, D_STATE = 8, 32, 32
 # glibc gives big blocks back to the system after every call, and the system then clears each page anew: long sequences
@@ -74,11 +74,13 @@ def runner(scan, arguments, chunk, backward):
 
 def in_turn(runs, times):
     """Median milliseconds of each of several functions, run in turn after one warm-up each."""
-    taken = {name: [] for name in runs}
+    taken, wait = {name: [] for name in runs}, torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for round_ in range(times + 1):
         for name, run in runs.items():
+            wait()                                              # a GPU works on while Python has gone on
             start = time.perf_counter()
             run()
+            wait()
             if round_:
                 taken[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in taken.items()}
@@ -217,7 +219,31 @@ def bf16(rows, quick):
         rows("bf16", dict(what=name, length=16384, pass_="both" if backward else "forward", ms=round(ms, 1), to_float32=round(ms / taken["float32", backward], 2)))
 
 
-TABLES = {"peers": peers, "linear": linear, "both": both, "mate": mate, "floor": floor, "bf16": bf16}
+def gpu(rows, quick, device="cuda"):
+    print("On a GPU, x, B and C in bfloat16: ours, plain and compiled, the official kernel, bare and as our backend; and the bytes that must move")
+    if device == "cuda" and not torch.cuda.is_available():
+        return print("left out: there is no CUDA GPU here")
+    official, why = _official_scan()
+    every = {"ours": ssd_chunked, "plain": ssd_chunked_plain, "plain, compiled": torch.compile(ssd_chunked_plain, dynamic=False)}
+    if official:
+        every |= {"official": official, "backend": lambda *arguments: ssd(*arguments, backend="mamba_ssm")}
+    else:
+        print(f"without the official kernel: {why}")
+    big = torch.randn(2**27 if device == "cuda" else 2**20, device=device)
+    bandwidth = 8 * big.numel() / in_turn({0: lambda: big.clone()}, 9)[0] * 1e3
+    for length in (2**12, 2**14, 2**16) if quick else (2**12, 2**14, 2**16, 2**18):
+        arguments = [t.to(device) for t in inputs(length, torch.bfloat16)]
+        moved = sum(t.numel() * t.element_size() for t in (*arguments, arguments[0]))
+        for backward in (False, True):
+            # Forward: read the inputs, write y. Backward: read them and dy again, write as many gradients.
+            floor_ms = 1e3 * moved * (3 if backward else 1) / bandwidth
+            taken = in_turn({name: runner(scan, arguments, 128, backward) for name, scan in every.items()}, 9)
+            for name, ms in taken.items():
+                rows("gpu", dict(length=length, pass_="both" if backward else "forward", scan=name, ms=round(ms, 3), to_floor=round(ms / floor_ms, 1),
+                                 to_official=round(ms / taken["official"], 3) if official else None))
+
+
+TABLES = {"peers": peers, "linear": linear, "both": both, "mate": mate, "floor": floor, "bf16": bf16, "gpu": gpu}
 
 
 def main():
@@ -246,6 +272,8 @@ def main():
             written.append(row)
         TABLES[table](rows, args.quick)
         print()
+        if not written:
+            continue
         with open(Path(args.out) / f"speed_{table}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in written for key in row)))
             writer.writeheader()

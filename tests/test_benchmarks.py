@@ -234,6 +234,23 @@ def test_ablations_go_seed_by_seed_skip_what_is_done_and_end_in_time(monkeypatch
         call(monkeypatch, ablations, *options, "--steps", 7)
 
 
+def test_the_table_for_gpus_says_where_there_is_none_and_counts_all_rows(monkeypatch, capsys):
+    """Its whole way on a CPU, with stand-ins for the official kernel and for the compiler; on a GPU it has yet to run."""
+    from benchmarks import speed
+    rows = []
+    if not torch.cuda.is_available():
+        speed.gpu(lambda *row: rows.append(row), True)
+        assert not rows and "no CUDA GPU here" in capsys.readouterr().out
+    monkeypatch.setattr(speed, "_official_scan", lambda: (speed.ssd_chunked, ""))
+    monkeypatch.setattr(speed, "ssd", lambda *arguments, backend: speed.ssd_chunked(*arguments))
+    monkeypatch.setattr(torch, "compile", lambda scan, dynamic: scan)
+    inputs = speed.inputs
+    monkeypatch.setattr(speed, "inputs", lambda length, dtype: inputs(length // 64, dtype))
+    speed.gpu(lambda name, row: rows.append(row), True, "cpu")
+    assert len(rows) == 3 * 2 * 5 and {row["scan"] for row in rows} == {"ours", "plain", "plain, compiled", "official", "backend"}
+    assert all(row["to_floor"] > 0 for row in rows) and all(row["to_official"] == 1 for row in rows if row["scan"] == "official")
+
+
 def test_adapt_moves_to_clips_four_times_as_long(monkeypatch):
     monkeypatch.setattr(train_tiny, "STAGES", train_tiny.STAGES)
     monkeypatch.setattr(train_tiny, "LONG_EVERY", train_tiny.LONG_EVERY)
