@@ -7,7 +7,6 @@ Each stage has its own scale of loss, since longer clips are trained nearer to t
 """
 import argparse
 import csv
-import io
 import math
 import sys
 import time
@@ -16,12 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-
 import sample  # noqa: E402
+from benchmarks import common, pictures  # noqa: E402
 from benchmarks.judge import score  # noqa: E402
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
 JUDGED = ("colour_ok", "shape_ok", "direction_ok", "steady", "overlap_ok", "joint")
 
 
@@ -42,7 +39,7 @@ def watch(path, target, captions):
     Adds a row to the CSV `target` each time, and yields. Judged is the average of the weights, by captions of
     combinations that training never shows.
     """
-    rows, done = read(target) if target.exists() else [], 0
+    table, done = common.Table(target, resume=True, quiet=True), 0
     while True:
         model, checkpoint = sample.load_model(path, "cpu")
         model.vocabulary, training = checkpoint["vocabulary"], checkpoint.get("training", {})
@@ -50,12 +47,8 @@ def watch(path, target, captions):
         if step >= done + steps / 20 or step == steps > done:
             done = step
             _, result = score(model, captions, 16, sample.steps_for(checkpoint["sampling"]), held_out_only=True)
-            rows = [row for row in rows if row["step"] < step] + [{"step": step, **{name: round(result[name], 4) for name in JUDGED}}]
-            text = io.StringIO()
-            table = csv.DictWriter(text, ["step", *JUDGED], lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
-            sample.replace_file(target, text.getvalue().encode())
+            table.rows = [row for row in table.rows if int(row["step"]) < step]
+            table.add(step=step, **{name: round(result[name], 4) for name in JUDGED})
             print(f"step {step}: " + ", ".join(f"{name.removesuffix('_ok').replace('_', ' ')} {100 * result[name]:.0f} %" for name in JUDGED), flush=True)
             yield
         if step >= steps:
@@ -63,43 +56,36 @@ def watch(path, target, captions):
         time.sleep(20)
 
 
-def read(path):
-    with open(path, newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
-
-def panel(pen, font, box, s, steps, lines, ticks, height):
+def panel(page, box, steps, lines, ticks, height):
     """One diagram: lines {label: [(step, value)]} in box (left, top, wide, high); height maps a value to 0 ... 1."""
     left, top, wide, high = box
-    at = lambda step, value: (s * (left + wide * step / steps), s * (top + high * (1 - height(value))))
+    at = lambda step, value: (left + wide * step / steps, top + high * (1 - height(value)))
     for label, tick in ticks:
-        pen.line([at(0, tick), at(steps, tick)], "#DDDDDD", s)
-        pen.text((s * (left - 8), at(0, tick)[1]), label, "#222222", font, anchor="rm")
+        page.line([at(0, tick), at(steps, tick)], pictures.GREY, 1)
+        page.text(left - 8, at(0, tick)[1], label, "rm")
     for k in range(5):
-        pen.text((s * (left + wide * k / 4), s * (top + high + 8)), str(steps * k // 4), "#222222", font, anchor="ma")
+        page.text(left + wide * k / 4, top + high + 8, str(steps * k // 4), "ma")
     for k, (label, line) in enumerate(lines.items()):
-        colour, x, y = COLOURS[k % len(COLOURS)], s * (left + 120 * (k % 4)), s * (top - 38 + 20 * (k // 4))
+        colour, x, y = common.COLOURS[k], left + 120 * (k % 4), top - 38 + 20 * (k // 4)
         if len(line) > 1:
-            pen.line([at(*point) for point in line], colour, 3 * s)
-        pen.line([x, y, x + 24 * s, y], colour, 3 * s)
-        pen.text((x + 30 * s, y), label, "#222222", font, anchor="lm")
+            page.line([at(*point) for point in line], colour, 2.5)
+        page.line([(x, y), (x + 24, y)], colour, 2.5)
+        page.text(x + 30, y, label, "lm")
 
 
 def draw(losses, accuracy, steps):
     """The loss per number of frames on a logarithmic axis; on the right, where there is any, the judge's shares."""
-    s = 2
-    image = Image.new("RGB", (s * (1180 if accuracy else 660), s * 380), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=14 * s)
+    page = pictures.Page(1180 if accuracy else 660, 380)
     low, span = math.log10(min(r[2] for r in losses) * 0.9), math.log10(max(r[2] for r in losses) / min(r[2] for r in losses) * 1.25)
     lines = {f"{n} frame{'s' * (n > 1)}": [(step, loss) for step, f, loss in losses if f == n] for n in sorted({r[1] for r in losses})}
     ticks = [(str(t), t) for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if low < math.log10(t) < low + span]
-    panel(pen, font, (60, 60, 540, 260), s, steps, lines, ticks, lambda loss: (math.log10(loss) - low) / span)
-    pen.text((s * 60, s * 372), "loss over steps (cross-entropy of the predicted clip)", "#222222", font, anchor="ls")
+    panel(page, (60, 60, 540, 260), steps, lines, ticks, lambda loss: (math.log10(loss) - low) / span)
+    page.text(60, 372, "loss over steps (cross-entropy of the predicted clip)", "ls")
     if accuracy:
-        lines = {name.removesuffix("_ok").replace("_", " "): [(r["step"], r[name]) for r in accuracy] for name in JUDGED}
-        panel(pen, font, (670, 60, 480, 260), s, steps, lines, [(f"{100 * t:.0f} %", t) for t in (0, 0.25, 0.5, 0.75, 1)], lambda share: share)
-        pen.text((s * 670, s * 372), "clips that are right in every frame, over steps", "#222222", font, anchor="ls")
-    return image.resize((image.width // s, image.height // s), Image.Resampling.LANCZOS)
+        lines = {name.removesuffix("_ok").replace("_", " "): [(int(r["step"]), float(r[name])) for r in accuracy] for name in JUDGED}
+        panel(page, (670, 60, 480, 260), steps, lines, [(f"{100 * t:.0f} %", t) for t in (0, 0.25, 0.5, 0.75, 1)], lambda share: share)
+        page.text(670, 372, "clips that are right in every frame, over steps", "ls")
+    return page.done()
 
 
 def main():
@@ -120,8 +106,8 @@ def main():
                 raise ValueError(f"{args.checkpoint} holds too few losses to draw; take the file that train_tiny.py wrote")
             with open(folder / "training.csv", "w", newline="") as file:
                 csv.writer(file).writerows([("step", "frames", "loss"), *rows])
-            accuracy = read(folder / "accuracy.csv") if (folder / "accuracy.csv").exists() else []
-            draw(rows, accuracy, training["steps"]).save(args.out)
+            accuracy = common.Table(folder / "accuracy.csv", resume=True).rows
+            pictures.write(draw(rows, accuracy, training["steps"]), args.out)
     except (OSError, ValueError) as error:
         sys.exit(f"progress.py: error: {error}")
     except KeyboardInterrupt:

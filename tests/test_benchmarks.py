@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_tiny
-from benchmarks import ablations, adapt, adjacency, common, consumer, cost, judge, length, minute, parts
+from benchmarks import ablations, adapt, adjacency, common, consumer, cost, judge, length, minute, parts, progress
 from lingen import Block, describe, preset
 from scan import places
 from tesa import windows
@@ -249,6 +249,21 @@ def test_the_table_for_gpus_says_where_there_is_none_and_counts_all_rows(monkeyp
     speed.gpu(lambda name, row: rows.append(row), True, "cpu")
     assert len(rows) == 3 * 2 * 5 and {row["scan"] for row in rows} == {"ours", "plain", "plain, compiled", "official", "backend"}
     assert all(row["to_floor"] > 0 for row in rows) and all(row["to_official"] == 1 for row in rows if row["scan"] == "official")
+
+
+def test_progress_judges_a_run_anew_and_keeps_what_it_judged_before(monkeypatch, tmp_path, capsys):
+    path, results = tmp_path / "run.pt", tmp_path / "results"
+    run = train_tiny.Run(preset("tiny", vocab_size=len(train_tiny.VOCABULARY)), dict(steps=60, seed=0, objects=1, rate=2e-3), torch.device("cpu"))
+    run.step, run.losses = 60, [(1, 0.5)] * 30 + [(4, 0.1)] * 30
+    train_tiny.save(path, run.state())
+    results.mkdir()
+    (results / "accuracy.csv").write_text("step," + ",".join(progress.JUDGED) + "\n" + "7" + ",0.25" * 6 + "\n" + "60" + ",0.25" * 6 + "\n")
+    monkeypatch.setattr(progress, "score", lambda model, *rest, **more: (None, dict.fromkeys(progress.JUDGED, 0.75)))
+    call(monkeypatch, progress, path, "--watch", "--results", results, "--out", tmp_path / "training.png")
+    assert "joint 75 %" in capsys.readouterr().out
+    assert [(row["step"], row["joint"]) for row in common.Table(results / "accuracy.csv", resume=True).rows] == [("7", "0.25"), ("60", "0.75")]
+    assert (results / "training.csv").read_text().split() == ["step,frames,loss", "25,1,0.5", "55,4,0.1"]
+    assert (tmp_path / "training.png").stat().st_size > 5000
 
 
 def test_adapt_moves_to_clips_four_times_as_long(monkeypatch):
