@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import sample
-from train_tiny import ATTRIBUTES, HALF, RGB, STEPS, SYNONYMS, draw_shapes, make_batch, roll, wrap
+from train_tiny import ATTRIBUTES, HALF, RGB, SHAPES, STEPS, SYNONYMS, draw_shapes, make_batch, roll, wrap
+
 
 def parse(text):
     """What a caption names: a list with one dict per object, attribute -> name, None where unnamed.
@@ -151,7 +152,7 @@ def read_object(p, tint, rest, centre, clear):
     if doubt.any():
         around = torch.cartesian_prod(*[torch.tensor([-0.4, 0.0, 0.4])] * 2)               # (9, 2)
         scores[doubt] = torch.stack([match(tint[doubt], rest[doubt], centre[doubt] + a) for a in around]).amax(0)
-    overlap, best = scores.max(1)                                                          # (t,) size * 4 + shape
+    overlap, best = scores.max(1)                                                          # (t,) size * shapes + shape
     # A step belongs to the frame that it leads to; frame 0 borrows the first. It reads as the whole-pixel
     # velocity that it rounds to, or as none if that is not in the table.
     step = wrap(centre.diff(dim=0), size) if len(centre) > 1 else torch.zeros(1, 2)
@@ -167,7 +168,7 @@ def read_object(p, tint, rest, centre, clear):
     back = torch.roll(tint[1:], tuple(-int(v) for v in pace.flip(0).round()), (1, 2))      # (t-1, h, w)
     change = (back - tint[:-1]).abs().sum((1, 2))[clear[1:] & clear[:-1]]
     paint = (p * tint).sum((2, 3)) / area.clamp(min=1e-6)                                  # (3, t)
-    return {"shape": torch.where(found, best % 4, -1), "size": torch.where(found, best // 4, -1),
+    return {"shape": torch.where(found, best % len(SHAPES), -1), "size": torch.where(found, best // len(SHAPES), -1),
             "direction": torch.where(velocity < 0, -1, velocity // 2),
             "speed": torch.where(velocity < 0, -1, velocity % 2), "overlap": overlap, "steady": steady,
             "area_drift": float(area[some].std(correction=0) / area[some].mean().clamp(min=1e-6)),
