@@ -64,7 +64,7 @@ class LinGenConfig:
     scan: str = "rotary"                # the order turns with the layer; or one name of scan.SCANS, or "zigzag"
     pool: tuple = (2, 4, 4)             # tokens under one review token
     window: tuple = (4, 4, 4)           # tokens of one TESA window
-    torus: bool = False                 # rows and columns go around, as in the toy world: TESA's positions then do, too
+    torus: bool = False                 # rows and columns go around, as in the toy world: so do TESA's positions, where a window covers the axis
     # Mamba2
     d_state: int = 32
     headdim: int = 32
@@ -89,7 +89,8 @@ class LinGenConfig:
 PRESETS = {
     # Trains on a laptop's CPU: see train_tiny.py. No position tables: the scan and the windows know who is next to whom,
     # what is true of one moment and one place of the toy world, a torus, is true of all, and a clip may then be as long
-    # as one likes. Full attention knows no neighbours: with mixer="attention" give it tables, as grid=(16, 8, 8).
+    # as one likes. The window holds a whole clip of 16 frames: only in longer ones do windows and shifts appear. Full
+    # attention knows no neighbours: with mixer="attention" give it tables, as grid=(16, 8, 8).
     "tiny": dict(grid=(0, 0, 0), window=(4, 8, 8), torus=True, predicts="pixels"),
     # For one consumer GPU.
     "small": dict(channels=16, patch=(1, 2, 2), grid=(34, 16, 16), d_model=768, depth=16, nheads=12, d_state=64, headdim=64,
@@ -304,11 +305,14 @@ class LinGen(nn.Module):
 def pixels(out, clip, t):
     """The clean clip of pixels between -1 and 1: what the network says of each, plus what the noisy pixel itself says.
 
+    out and clip (b, c, frames, h, w), t (b,) -> like out.
+
     Choice. Were every pixel either -1 or 1, Bayes' rule would make its mean tanh(prior + t x / (1 - t)^2): half the
     log-odds of the two Gaussians around -t and t that x may come from. So the network need only learn the prior, from
     all the other pixels, and none of what it sees anyway; tanh makes flat colours flat. But the soft edges of shapes are
-    neither -1 nor 1. Where no noise is left, a pixel is what one sees: with the network silent, tanh(atanh(x)) = x. One
-    formula says both: near the noise k is t / (1 - t)^2 and atanh(k x) = k x; at t = 1 k is 1 (0.97: atanh(1) is infinite).
+    neither -1 nor 1: where no noise is left, a pixel is what one sees, tanh(atanh(x)) = x. One formula says both:
+    tanh(prior + atanh(k x)) with k = t / ((1 - t)^2 + t). Near the noise k is about t / (1 - t)^2, and atanh(k x) about
+    k x; at t = 1 k is 1. (0.97 and the clamp keep atanh finite, also where noise takes x beyond 1.)
     """
     at = t.view(-1, 1, 1, 1, 1).to(out.dtype)
     own = 0.97 * at / ((1 - at) ** 2 + at) * clip

@@ -6,7 +6,7 @@
 1. The data.    One or two flat shapes on a black *torus*: who leaves on the right comes back on the left. So
                 "moving left" stays true for a whole minute, and second 60 looks just like second 1.
 2. The recipe.  Flow matching; pictures (clips of one frame) first, then short clips, then longer ones with some of
-                the shorter mixed in; two optimisers.
+                the shorter mixed in; at the end also the model's own predictions; two optimisers.
 3. The loop.    A step, a checkpoint that no kill can tear, and the way back from it.
 
 How a clip is held against its caption, by reading its pixels, stands in benchmarks/judge.py.
@@ -230,11 +230,12 @@ STAGES = (Stage(1, 64, 0.04), Stage(4, 48, 0.10), Stage(16, 16, 0.66), Stage(64,
 IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
 LONG_EVERY = 2          # in the last stage every second step still shows shorter clips: on long ones alone it unlearns them
 TWO_EVERY = 3           # with --objects 2, two of three steps show two objects
-ANY_TIME = 0.1          # of the clips are shown at any time, all equally likely: see `draw_times`
-OWN_FROM = 0.6          # of all steps: from here on, while the learning rate falls, the model meets its own predictions: see `rehearse`
-OWN = 0.75              # of the clips whose places are settled
-DROP = 0.1              # of the captions are taken away, so that guidance has a model without caption to compare with; and of the words
-                        # of the others: what "left" means must be learnt without regard to what goes there
+ANY_TIME = 0.1          # share of clips whose time is drawn evenly from 0 to 1: see `draw_times`
+OWN_FROM = 0.6          # share of the steps after which the model is also shown its own predictions: see `rehearse`
+SETTLED = -1.7          # logit of the time (16 frames) from which on a shape's place is certain; only later times are rehearsed,
+OWN = 0.75              # and of their clips this share
+DROP = 0.1              # share of captions taken away, for guidance needs a model without caption; and, in those left, share of words
+                        # taken away: what "left" means must be learnt without regard to what goes there
 
 # What a checkpoint asks of sample.py: these are the defaults that `python sample.py` falls back to.
 SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 48, "guidance": 1.0, "schedule": "shifted", "shift": 12.0,
@@ -252,7 +253,7 @@ def stage_at(step, steps):
 
 
 def nearer_to_noise(logit, frames):
-    """A logit of t, as it is for clips of 16 frames, at as many frames as these: see `draw_times`."""
+    """The logit of a time, given for clips of 16 frames, moved to clips of `frames` frames: see `draw_times`."""
     return logit - 0.5 * math.log(frames / 16)
 
 
@@ -287,7 +288,7 @@ def training_batch(step, steps, seed, objects=1):
     lost = torch.rand(len(text), 1, generator=generator), torch.rand(text.shape, generator=generator)
     text[(lost[0] < DROP) | (lost[1] < DROP)] = 0
     t, noise = draw_times(len(clips), stage.frames, generator), torch.randn(clips.shape, generator=generator)
-    settled = torch.sigmoid(torch.tensor(nearer_to_noise(-1.7, stage.frames)))
+    settled = torch.sigmoid(torch.tensor(nearer_to_noise(SETTLED, stage.frames)))
     chance, when = torch.rand(2, len(clips), generator=generator)
     own = (t > settled) & (chance < OWN) & (step >= OWN_FROM * steps)
     earlier = torch.where(own, settled + when * (t - settled), 0.0)
@@ -296,12 +297,14 @@ def training_batch(step, steps, seed, objects=1):
 
 @torch.no_grad()
 def rehearse(model, clips, text, earlier, noise):
-    """Clips as the sampler meets them: where earlier > 0, what the model makes of them at that time, noise for noise.
+    """The clips as the sampler meets them: where earlier > 0, what the model makes of the clip at that time.
+
+    clips and noise (b, 3, frames, h, w), text (b, n), earlier (b,) -> like clips. The noise is not that of the step itself.
 
     A sampler feeds the model its own predictions, and no training clip has their faults: a shape that jumps where two
     tokens meet in time, an edge that frays. Asked for the clip behind its own prediction, the model learns to mend them
-    (the remedy for what is called exposure bias). But not before a time, `settled` in `training_batch`, when a shape's
-    place is certain: the prediction is then a blur of many places, and to be true to it would mean never to decide.
+    (the remedy for what is called exposure bias). Only from the time SETTLED on: before it a prediction is a blur of all
+    the places where the shape may be, and to be true to that would mean never to decide.
     """
     own = earlier > 0
     if own.any():
@@ -394,13 +397,16 @@ class Run:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"it does not fit this model and its optimizers ({error!r:.200}); take another checkpoint, or begin anew with another --out") from None
 
+    def loss(self, clips, text, t, noise, earlier, before):
+        """The loss on a step's data, see `training_batch`."""
+        return flow_matching_loss(self.model, clips, text, t, noise, rehearse(self.model, clips, text, earlier, before))
+
     def advance(self, rank=0, world=1):
         """One step: data, loss, gradients, both optimisers, the average. Returns the loss of the whole batch."""
         steps = self.settings["steps"]
         batch = training_batch(self.step, steps, self.settings["seed"], self.settings["objects"])
         share = len(batch[0][rank::world]) / len(batch[0])              # of several processes, each takes its rows
-        clips, text, t, noise, earlier, before = (part[rank::world].to(self.device) for part in batch)
-        loss = share * flow_matching_loss(self.model, clips, text, t, noise, rehearse(self.model, clips, text, earlier, before))
+        loss = share * self.loss(*(part[rank::world].to(self.device) for part in batch))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, steps, self.settings["rate"])
@@ -442,7 +448,7 @@ class Run:
                     bad.append(name or "the output")
             hooks.append(module.register_forward_hook(look))
         with torch.no_grad():
-            flow_matching_loss(self.model, *(part.to(self.device) for part in batch[:4]))
+            self.loss(*(part.to(self.device) for part in batch))
         for hook in hooks:
             hook.remove()
         return bad[0] if bad else "the backward pass"

@@ -4,7 +4,7 @@
 
 One palette, that of Okabe and Ito, which the colour-blind can read; where colour says something, so does a shape, a width
 or a shade, for those who print in grey. One size of letters, a white ground. Each of the six files draws its own picture
-when it is run, by the function of its name here. Only Pillow is needed.
+when it is run, by the function of its name here. Drawn by Pillow, without matplotlib.
 """
 import argparse
 import io

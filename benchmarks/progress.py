@@ -33,6 +33,11 @@ def smooth(losses, window=25):
     return sorted(rows)
 
 
+def of_run(rows, training):
+    """The rows of accuracy.csv that belong to this run and not to one before it."""
+    return [row for row in rows if (row.get("seed"), row.get("steps")) == (str(training["seed"]), str(training["steps"]))]
+
+
 def watch(path, target, captions):
     """Judge the checkpoint at `path` whenever it is a twentieth of its run further, until the run is over.
 
@@ -47,8 +52,8 @@ def watch(path, target, captions):
         if step >= done + steps / 20 or step == steps > done:
             done = step
             _, result = score(model, captions, 16, sample.steps_for(checkpoint["sampling"]), held_out_only=True)
-            table.rows = [row for row in table.rows if int(row["step"]) < step]
-            table.add(step=step, **{name: round(result[name], 4) for name in JUDGED})
+            table.rows = [row for row in of_run(table.rows, training) if int(row["step"]) < step]
+            table.add(seed=training["seed"], steps=steps, step=step, **{name: round(result[name], 4) for name in JUDGED})
             print(f"step {step}: " + ", ".join(f"{name.removesuffix('_ok').replace('_', ' ')} {100 * result[name]:.0f} %" for name in JUDGED), flush=True)
             yield
         if step >= steps:
@@ -106,7 +111,7 @@ def main():
                 raise ValueError(f"{args.checkpoint} holds too few losses to draw; take the file that train_tiny.py wrote")
             with open(folder / "training.csv", "w", newline="") as file:
                 csv.writer(file).writerows([("step", "frames", "loss"), *rows])
-            accuracy = common.Table(folder / "accuracy.csv", resume=True).rows
+            accuracy = of_run(common.Table(folder / "accuracy.csv", resume=True).rows, training)
             pictures.write(draw(rows, accuracy, training["steps"]), args.out)
     except (OSError, ValueError) as error:
         sys.exit(f"progress.py: error: {error}")

@@ -77,7 +77,7 @@ def in_turn(runs, times):
     taken, wait = {name: [] for name in runs}, torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for round_ in range(times + 1):
         for name, run in runs.items():
-            wait()                                              # a GPU works on while Python has gone on
+            wait()                                              # a GPU is still at work when Python has gone on
             start = time.perf_counter()
             run()
             wait()
@@ -220,7 +220,8 @@ def bf16(rows, quick):
 
 
 def gpu(rows, quick, device="cuda"):
-    print("On a GPU, x, B and C in bfloat16: ours, plain and compiled, the official kernel, bare and as our backend; and the bytes that must move")
+    print("On a GPU, x, B and C in bfloat16, chunks of 128: our scan, its plain twin, that compiled, the official kernel, and that as our backend;\n"
+          "to_floor: time over that of moving the bytes once")
     if device == "cuda" and not torch.cuda.is_available():
         return print("left out: there is no CUDA GPU here")
     official, why = _official_scan()
@@ -233,10 +234,10 @@ def gpu(rows, quick, device="cuda"):
     bandwidth = 8 * big.numel() / in_turn({0: lambda: big.clone()}, 9)[0] * 1e3
     for length in (2**12, 2**14, 2**16) if quick else (2**12, 2**14, 2**16, 2**18):
         arguments = [t.to(device) for t in inputs(length, torch.bfloat16)]
-        moved = sum(t.numel() * t.element_size() for t in (*arguments, arguments[0]))
+        read, written = (sum(t.numel() * t.element_size() for t in tensors) for tensors in (arguments, arguments[:1]))
         for backward in (False, True):
-            # Forward: read the inputs, write y. Backward: read them and dy again, write as many gradients.
-            floor_ms = 1e3 * moved * (3 if backward else 1) / bandwidth
+            # Forward: inputs in, y out. Backward: inputs and dy in, as many gradients out as inputs.
+            floor_ms = 1e3 * (3 * read + 2 * written if backward else read + written) / bandwidth
             taken = in_turn({name: runner(scan, arguments, 128, backward) for name, scan in every.items()}, 9)
             for name, ms in taken.items():
                 rows("gpu", dict(length=length, pass_="both" if backward else "forward", scan=name, ms=round(ms, 3), to_floor=round(ms / floor_ms, 1),

@@ -257,7 +257,8 @@ def test_progress_judges_a_run_anew_and_keeps_what_it_judged_before(monkeypatch,
     run.step, run.losses = 60, [(1, 0.5)] * 30 + [(4, 0.1)] * 30
     train_tiny.save(path, run.state())
     results.mkdir()
-    (results / "accuracy.csv").write_text("step," + ",".join(progress.JUDGED) + "\n" + "7" + ",0.25" * 6 + "\n" + "60" + ",0.25" * 6 + "\n")
+    (results / "accuracy.csv").write_text("seed,steps,step," + ",".join(progress.JUDGED) + "\n"
+                                          + "".join(f"0,{run}" + ",0.25" * 6 + "\n" for run in ("60,7", "60,60", "90,8")))
     monkeypatch.setattr(progress, "score", lambda model, *rest, **more: (None, dict.fromkeys(progress.JUDGED, 0.75)))
     call(monkeypatch, progress, path, "--watch", "--results", results, "--out", tmp_path / "training.png")
     assert "joint 75 %" in capsys.readouterr().out

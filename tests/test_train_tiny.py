@@ -407,14 +407,14 @@ def test_a_step_makes_its_own_data(small):
 
 
 def test_training_never_shows_what_is_held_out_and_sometimes_hides_the_caption(small):
-    empty = words = 0
+    empty = words = captions = 0
     for step in range(0, 200):
         clips, text, t, noise, earlier, before = toy.training_batch(step, 200, seed=1)
         empty += int((text == 0).all(1).sum())
-        words += int((text > 0).sum())
+        words, captions = words + int((text > 0).sum()), captions + int((text > 0).any(1).sum())
         assert clips.shape == noise.shape and len(t) == len(clips) and ((t > 0) & (t < 1)).all()
     assert 20 < empty < 110                                         # a tenth of 500
-    assert 4 < words / (480 - empty) < 6.5                          # of about 7 words, some are hidden
+    assert 5.0 < words / captions < 5.6                             # of 5.9 on average (pictures have fewer), a tenth is hidden
     specs = torch.cat([toy.random_specs(500, seeded(i)) for i in range(4)])
     assert not toy.held_out(specs).any()
 
@@ -446,13 +446,23 @@ def test_loss_is_that_of_the_predicted_clip(small):
 def test_late_in_training_the_model_meets_its_own_predictions_of_earlier_times(small):
     own = later = 0
     for step in range(120):
-        clips, _, t, _, earlier, before = toy.training_batch(step, 120, seed=0)
+        clips, _, t, noise, earlier, before = toy.training_batch(step, 120, seed=0)
         settled = 1 / (1 + math.exp(1.7 + 0.5 * math.log(clips.shape[2] / 16)))
         some = earlier > 0
-        assert before.shape == clips.shape and ((earlier >= settled - 1e-6) & (earlier < t) | ~some).all()
+        assert before.shape == clips.shape and not torch.equal(before, noise) and ((earlier >= settled - 1e-6) & (earlier < t) | ~some).all()
         assert step >= 72 or not some.any()
         own, later = own + int(some.sum()), later + int((t > settled).sum() if step >= 72 else 0)
     assert own and own / later == pytest.approx(0.75, abs=0.15)
+
+
+def test_a_step_trains_on_what_the_rehearsal_shows(small, monkeypatch):
+    run = toy.Run(lingen.preset("tiny", vocab_size=len(toy.VOCABULARY)), dict(steps=10, seed=0, objects=1, rate=2e-3), torch.device("cpu"))
+    loss, seen = toy.flow_matching_loss, []
+    monkeypatch.setattr(toy, "rehearse", lambda model, clips, *rest: -clips)
+    monkeypatch.setattr(toy, "flow_matching_loss", lambda model, clips, text, t, noise, shown: (
+        seen.append(torch.equal(shown, -clips)) or loss(model, clips, text, t, noise, shown)))
+    run.advance()
+    assert seen == [True]
 
 
 def test_rehearsal_shows_the_models_own_prediction_and_no_gradient_flows_through_it():
