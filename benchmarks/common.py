@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 import sample
-from benchmarks.speed import KEEP_MEMORY, most_memory
 from lingen import LinGen, preset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +21,29 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#0
 # Each variant changes one field of the same LinGenConfig. Table 2 and figs. 11 and 12 of the paper argue with them.
 VARIANTS = {"default": {}, "without TESA": dict(tesa=False), "without RMS": dict(scan="spatial-row"), "zigzag for RMS": dict(scan="zigzag"),
             "without MA-branch": dict(ma=False), "without review": dict(review=False)}
+
+
+# ---- memory ------------------------------------------------------------------------------------------
+
+# glibc gives big blocks back to the system after every call, and the system then clears each page anew: long sequences
+# would be timed by that. So the timings keep memory, ours and theirs alike; `--give-back` shows the difference.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**28)}
+
+
+def keep_memory():
+    """Begin this script anew with an allocator that keeps memory between calls: it reads its settings as a process begins."""
+    if sys.platform == "linux" and KEEP_MEMORY.items() - os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
+
+
+def most_memory():
+    """The most memory this process has held so far, in MiB. On Linux, getrusage would count the parent's, too."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+    except (OSError, StopIteration):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # ---- models and clips ---------------------------------------------------------------------------------
@@ -96,7 +118,7 @@ def arguments(parser, child):
 def in_fresh_process(script, threads=None, keep=False, **request):
     """What `script --child REQUEST` prints as its last line, JSON: only in a process of its own is a peak its own.
 
-    threads: of torch, if not as here. keep: memory between calls, as in `speed.keep_memory`.
+    threads: of torch, if not as here. keep: memory between calls, as in `keep_memory`.
     """
     env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **(KEEP_MEMORY if keep else {})}
     run = subprocess.run([sys.executable, script, "--child", json.dumps(request)], stdout=subprocess.PIPE, text=True, env=env)

@@ -20,7 +20,6 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from benchmarks import common  # noqa: E402
-from benchmarks.speed import keep_memory  # noqa: E402
 
 PAPER = {"default": 102, "without TESA": 94, "without RMS": 99, "zigzag for RMS": 144, "without MA-branch": 65, "without review": 98}
 
@@ -63,5 +62,5 @@ def main():
 
 
 if __name__ == "__main__":
-    keep_memory()
+    common.keep_memory()
     common.run(main, "parts.py")

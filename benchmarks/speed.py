@@ -8,7 +8,6 @@ Peak memory is what a process of its own adds while it runs. The peers are funct
 `ssd_minimal_discrete` and transformers' `mamba2_chunk_scan`; see tests/requirements-peers.txt.
 """
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -22,18 +21,10 @@ sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
 
+from benchmarks import common  # noqa: E402
 from mamba2_ref import BidirectionalMamba2, Mamba2, _official_scan, ssd, ssd_bidirectional, ssd_chunked, ssd_chunked_plain  # noqa: E402
 
 HEADS, HEADDIM, D_STATE = 8, 32, 32
-# glibc gives big blocks back to the system after every call, and the system then clears each page anew: long sequences
-# would be timed by that. So the timings keep memory, ours and theirs alike; `--give-back` shows the difference.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**31), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**28)}
-
-
-def keep_memory():
-    """Begin this script anew with an allocator that keeps memory between calls: it reads its settings as a process begins."""
-    if sys.platform == "linux" and KEEP_MEMORY.items() - os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
 
 
 def inputs(length, dtype=torch.float32):
@@ -88,32 +79,22 @@ def in_turn(runs, times):
 
 def peak_mib(name, length, chunk, backward):
     """What the scan adds to the memory of a fresh process, in MiB; None where the system does not say."""
-    plain = {name: value for name, value in os.environ.items() if name not in KEEP_MEMORY}
+    plain = {name: value for name, value in os.environ.items() if name not in common.KEEP_MEMORY}
     out = subprocess.run([sys.executable, __file__, "--peak", name, str(length), str(chunk), str(int(backward))], capture_output=True, text=True, env=plain)
     if out.returncode:
         print(f"no peak memory: {out.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
     return json.loads(out.stdout) if out.returncode == 0 else None
 
 
-def most_memory():
-    """The most memory this process has held so far, in MiB. On Linux, getrusage would count the parent's, too."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
-    except (OSError, StopIteration):
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def print_peak(name, length, chunk, backward):
     scan, arguments = scans()[name], inputs(length)
     runner(scan, inputs(256), chunk, backward)()                 # libraries load what they need
-    before = most_memory()
+    before = common.most_memory()
     runner(scan, arguments, chunk, backward)()
-    print(json.dumps(most_memory() - before))
+    print(json.dumps(common.most_memory() - before))
 
 
-def peers(rows, quick):
+def peers(add, quick):
     print("Against other plain-PyTorch scans: float32, batch 1, 8 heads of 32, one group, d_state 32; ms, MiB, ratio to ours")
     every, best = {name: scan for name, scan in scans().items() if "both" not in name}, {"ours": 32}
     for length in (4096, 16384) if quick else (4096, 16384, 131072):
@@ -125,35 +106,34 @@ def peers(rows, quick):
             taken = in_turn(runs, 3 if length > 100_000 else 9)
             peaks = {name: peak_mib(name, length, best[name], backward) for name in every}
             for name in every:
-                row = dict(length=length, pass_="both" if backward else "forward", scan=name, chunk=best[name], ms=round(taken[name], 1),
-                           peak_mib=round(peaks[name]) if peaks[name] else None, slower=round(taken[name] / taken["ours"], 2),
-                           memory=round(peaks[name] / peaks["ours"], 2) if all(peaks.values()) else None)
-                rows("peers", row)
+                add(length=length, pass_="both" if backward else "forward", scan=name, chunk=best[name], ms=round(taken[name], 1),
+                    peak_mib=round(peaks[name]) if peaks[name] else None, slower=round(taken[name] / taken["ours"], 2),
+                    memory=round(peaks[name] / peaks["ours"], 2) if all(peaks.values()) else None)
 
 
-def linear(rows, quick):
+def linear(add, quick):
     print("Linear: microseconds per token")
     lengths = (8192, 32768, 131072)
     for backward in (False, True):
         taken = in_turn({length: runner(ssd_chunked, inputs(length), 32, backward) for length in lengths}, 3 if quick else 7)
         for length in lengths:
-            rows("linear", dict(length=length, pass_="both" if backward else "forward", us_per_token=round(1e3 * taken[length] / length, 3),
-                                to_8192=round(taken[length] / length / (taken[8192] / 8192), 3)))
+            add(length=length, pass_="both" if backward else "forward", us_per_token=round(1e3 * taken[length] / length, 3),
+                to_8192=round(taken[length] / length / (taken[8192] / 8192), 3), peak_mib=None, inputs_and_output_mib=None)
     length = 2**20
     taken = in_turn({0: runner(ssd_chunked, inputs(length), 32, False)}, 1)[0]
     size = 4 * length * (2 * HEADS * HEADDIM + HEADS + 2 * D_STATE) / 2**20
-    rows("linear", dict(length=length, pass_="forward", us_per_token=round(1e3 * taken / length, 3),
-                        peak_mib=round(peak_mib("ours", length, 32, False) or 0), inputs_and_output_mib=round(size)))
+    add(length=length, pass_="forward", us_per_token=round(1e3 * taken / length, 3), to_8192=None,
+        peak_mib=round(peak_mib("ours", length, 32, False) or 0), inputs_and_output_mib=round(size))
 
 
-def both(rows, quick):
+def both(add, quick):
     print("Both directions at once, over two scans (or layers) in one direction")
     for length in (4096, 16384):
         for backward in (False, True):
             arguments = inputs(length)
             taken = in_turn({"one": runner(ssd_chunked, arguments, 32, backward), "both": runner(ssd_bidirectional, arguments, 32, backward)}, 9)
-            rows("both", dict(what="scan", length=length, pass_="both" if backward else "forward", one_ms=round(taken["one"], 1),
-                              both_ms=round(taken["both"], 1), of_two=round(taken["both"] / (2 * taken["one"]), 3)))
+            add(what="scan", length=length, pass_="both" if backward else "forward", one_ms=round(taken["one"], 1),
+                both_ms=round(taken["both"], 1), of_two=round(taken["both"] / (2 * taken["one"]), 3))
     for backward in (False, True):
         u, layers = torch.randn(1, 4096, 256), {"one": Mamba2(256, 32, headdim=32, expand=1), "both": BidirectionalMamba2(256, 32, headdim=32, expand=1)}
 
@@ -163,11 +143,11 @@ def both(rows, quick):
             if backward:
                 out.sum().backward()
         taken = in_turn({name: (lambda layer=layer: step(layer)) for name, layer in layers.items()}, 9)
-        rows("both", dict(what="layer", length=4096, pass_="both" if backward else "forward", one_ms=round(taken["one"], 1),
-                          both_ms=round(taken["both"], 1), of_two=round(taken["both"] / (2 * taken["one"]), 3)))
+        add(what="layer", length=4096, pass_="both" if backward else "forward", one_ms=round(taken["one"], 1),
+            both_ms=round(taken["both"], 1), of_two=round(taken["both"] / (2 * taken["one"]), 3))
 
 
-def mate(rows, quick):
+def mate(add, quick):
     print("The tiny LinGen against the same model with full attention (DiT), one training step, batch 1")
     from lingen import LinGen, preset
     for tokens in (128, 512, 2048, 8192) if quick else (128, 512, 2048, 8192, 32768):
@@ -178,11 +158,11 @@ def mate(rows, quick):
         def step(model):
             model(clip, t, text).square().mean().backward()
         taken = in_turn({mixer: (lambda model=model: step(model)) for mixer, model in models.items()}, 2 if tokens > 10_000 else 7)
-        rows("mate", dict(tokens=tokens, frames=frames, mate_ms=round(taken["mate"], 1), dit_ms=round(taken["attention"], 1),
-                          mate_over_dit=round(taken["mate"] / taken["attention"], 3)))
+        add(tokens=tokens, frames=frames, mate_ms=round(taken["mate"], 1), dit_ms=round(taken["attention"], 1),
+            mate_over_dit=round(taken["mate"] / taken["attention"], 3))
 
 
-def floor(rows, quick):
+def floor(add, quick):
     print("How far from the floor: the scan's products over the measured matrix rate, its bytes over the measured bandwidth")
     from torch.utils.flop_counter import FlopCounterMode
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
@@ -197,12 +177,12 @@ def floor(rows, quick):
         moved = 4 * (sum(t.numel() for t in arguments) + arguments[0].numel())
         ms = in_turn({0: runner(ssd_chunked, arguments, 32, False)}, 5)[0]
         by_rate, by_bandwidth = 1e3 * counter.get_total_flops() / rate, 1e3 * moved / bandwidth
-        rows("floor", dict(length=length, pass_="forward", ms=round(ms, 1), gflop_per_s=round(rate / 1e9), gb_per_s=round(bandwidth / 1e9, 1),
-                           products_ms=round(by_rate, 2), bytes_ms=round(by_bandwidth, 2), binds="products" if by_rate > by_bandwidth else "bytes",
-                           factor=round(ms / max(by_rate, by_bandwidth), 1)))
+        add(length=length, pass_="forward", ms=round(ms, 1), gflop_per_s=round(rate / 1e9), gb_per_s=round(bandwidth / 1e9, 1),
+            products_ms=round(by_rate, 2), bytes_ms=round(by_bandwidth, 2), binds="products" if by_rate > by_bandwidth else "bytes",
+            factor=round(ms / max(by_rate, by_bandwidth), 1))
 
 
-def bf16(rows, quick):
+def bf16(add, quick):
     print("bfloat16 inputs against float32, and float32 with products in bfloat16 (torch.set_float32_matmul_precision)")
     runs = {}
     for name, dtype, precision in (("float32", torch.float32, "highest"), ("bfloat16 inputs", torch.bfloat16, "highest"), ("float32, products bfloat16", torch.float32, "medium")):
@@ -216,10 +196,10 @@ def bf16(rows, quick):
     taken = in_turn(runs, 7)
     torch.set_float32_matmul_precision("highest")
     for (name, backward), ms in taken.items():
-        rows("bf16", dict(what=name, length=16384, pass_="both" if backward else "forward", ms=round(ms, 1), to_float32=round(ms / taken["float32", backward], 2)))
+        add(what=name, length=16384, pass_="both" if backward else "forward", ms=round(ms, 1), to_float32=round(ms / taken["float32", backward], 2))
 
 
-def gpu(rows, quick, device="cuda"):
+def gpu(add, quick, device="cuda"):
     print("On a GPU, x, B and C in bfloat16, chunks of 128: our scan, its plain twin, that compiled, the official kernel, and that as our backend;\n"
           "to_floor: time over that of moving the bytes once")
     if device == "cuda" and not torch.cuda.is_available():
@@ -240,8 +220,8 @@ def gpu(rows, quick, device="cuda"):
             floor_ms = 1e3 * (3 * read + 2 * written if backward else read + written) / bandwidth
             taken = in_turn({name: runner(scan, arguments, 128, backward) for name, scan in every.items()}, 9)
             for name, ms in taken.items():
-                rows("gpu", dict(length=length, pass_="both" if backward else "forward", scan=name, ms=round(ms, 3), to_floor=round(ms / floor_ms, 1),
-                                 to_official=round(ms / taken["official"], 3) if official else None))
+                add(length=length, pass_="both" if backward else "forward", scan=name, ms=round(ms, 3), to_floor=round(ms / floor_ms, 1),
+                    to_official=round(ms / taken["official"], 3) if official else None)
 
 
 TABLES = {"peers": peers, "linear": linear, "both": both, "mate": mate, "floor": floor, "bf16": bf16, "gpu": gpu}
@@ -260,26 +240,14 @@ def main():
     if unknown := set(args.tables) - set(TABLES):
         parser.error(f"there is no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     if not args.give_back:
-        keep_memory()
-    os.makedirs(args.out, exist_ok=True)
+        common.keep_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}\n")
-    for table in args.tables or TABLES:
-        written = []
-
-        def rows(name, row, written=written):
-            if not written:
-                print("  ".join(f"{key.rstrip('_'):>14}" for key in row))
-            print("  ".join(f"{'' if value is None else value:>14}" for value in row.values()), flush=True)
-            written.append(row)
-        TABLES[table](rows, args.quick)
-        print()
-        if not written:
-            continue
-        with open(Path(args.out) / f"speed_{table}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in written for key in row)))
-            writer.writeheader()
-            writer.writerows(written)
+    for name in args.tables or TABLES:
+        table = common.Table(Path(args.out) / f"speed_{name}.csv")
+        TABLES[name](table.add, args.quick)
+        if table.rows:
+            table.wrote()
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main, "speed.py")

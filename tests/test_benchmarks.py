@@ -239,14 +239,14 @@ def test_the_table_for_gpus_says_where_there_is_none_and_counts_all_rows(monkeyp
     from benchmarks import speed
     rows = []
     if not torch.cuda.is_available():
-        speed.gpu(lambda *row: rows.append(row), True)
+        speed.gpu(lambda **row: rows.append(row), True)
         assert not rows and "no CUDA GPU here" in capsys.readouterr().out
     monkeypatch.setattr(speed, "_official_scan", lambda: (speed.ssd_chunked, ""))
     monkeypatch.setattr(speed, "ssd", lambda *arguments, backend: speed.ssd_chunked(*arguments))
     monkeypatch.setattr(torch, "compile", lambda scan, dynamic: scan)
     inputs = speed.inputs
     monkeypatch.setattr(speed, "inputs", lambda length, dtype: inputs(length // 64, dtype))
-    speed.gpu(lambda name, row: rows.append(row), True, "cpu")
+    speed.gpu(lambda **row: rows.append(row), True, "cpu")
     assert len(rows) == 3 * 2 * 5 and {row["scan"] for row in rows} == {"ours", "plain", "plain, compiled", "official", "backend"}
     assert all(row["to_floor"] > 0 for row in rows) and all(row["to_official"] == 1 for row in rows if row["scan"] == "official")
 

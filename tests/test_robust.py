@@ -32,7 +32,7 @@ import sample as S
 import scan
 import tesa
 import train_tiny as toy
-from benchmarks.speed import KEEP_MEMORY
+from benchmarks.common import KEEP_MEMORY
 from benchmarks import judge as ruler
 
 ROOT = Path(__file__).resolve().parent.parent
