@@ -264,7 +264,7 @@ def wilson(right, n):
         raise ValueError(f"{right} right of {n}: expected 0 to n of n > 0")
     z, share = 1.96, right / n
     middle, width = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle - width) / (1 + z * z / n), (middle + width) / (1 + z * z / n)
+    return max(0.0, (middle - width) / (1 + z * z / n)), min(1.0, (middle + width) / (1 + z * z / n))
 
 
 def summary(records):
