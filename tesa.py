@@ -105,7 +105,8 @@ def rotation(window, e, dtype, device, around=(False, False, False)):
 
     The e/2 pairs of features (i, i + e/2) take the axes t, h, w in turn, each with wavelengths from about 2
     to 14 tokens. A score then depends on places through their differences alone. An axis that goes around, its last
-    token next to its first, has waves that go around in whole turns instead: lengths size/1, size/2, ... to about 2, and then these again.
+    token next to its first, has waves that go around in whole turns instead: lengths size/1, size/2, ... to about 2, and
+    then these again.
     """
     place = torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in window)).view(-1, 3).double()  # (m, 3)
     pairs, angles = e // 2, torch.zeros(len(place), e, dtype=torch.float64, device="cpu")  # an odd feature left over keeps angle 0

@@ -13,11 +13,12 @@ import torch
 from tqdm import tqdm
 
 import sample
+from benchmarks import pictures
 from lingen import LinGen, preset
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, ASSETS = ROOT / "benchmarks" / "results", ROOT / "assets"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")     # Okabe and Ito: for all eyes
+COLOURS = (pictures.BLUE, pictures.RED, pictures.GREEN, pictures.ORANGE, pictures.PINK, pictures.SKY, "#000000")     # for all eyes
 # Each variant changes one field of the same LinGenConfig. Table 2 and figs. 11 and 12 of the paper argue with them.
 VARIANTS = {"default": {}, "without TESA": dict(tesa=False), "without RMS": dict(scan="spatial-row"), "zigzag for RMS": dict(scan="zigzag"),
             "without MA-branch": dict(ma=False), "without review": dict(review=False)}

@@ -41,8 +41,8 @@ def of_run(rows, training):
 def watch(path, target, captions):
     """Judge the checkpoint at `path` whenever it is a twentieth of its run further, until the run is over.
 
-    Adds a row to the CSV `target` each time, and yields. Judged is the average of the weights, by captions of
-    combinations that training never shows.
+    Adds a row to the CSV `target` each time, and yields what the checkpoint says of its training. Judged is the average
+    of the weights, by captions of combinations that training never shows.
     """
     table, done = common.Table(target, resume=True, quiet=True), 0
     while True:
@@ -55,7 +55,7 @@ def watch(path, target, captions):
             table.rows = [row for row in of_run(table.rows, training) if int(row["step"]) < step]
             table.add(seed=training["seed"], steps=steps, step=step, **{name: round(result[name], 4) for name in JUDGED})
             print(f"step {step}: " + ", ".join(f"{name.removesuffix('_ok').replace('_', ' ')} {100 * result[name]:.0f} %" for name in JUDGED), flush=True)
-            yield
+            yield training
         if step >= steps:
             return
         time.sleep(20)
@@ -101,24 +101,19 @@ def main():
     parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results"), help="folder of training.csv and accuracy.csv")
     parser.add_argument("--out", default=str(ROOT / "assets" / "training.png"))
     args = parser.parse_args()
-    try:
-        folder = Path(args.results)
-        folder.mkdir(parents=True, exist_ok=True)
-        for _ in watch(args.checkpoint, folder / "accuracy.csv", args.captions) if args.watch else (None,):
-            training = sample.load_checkpoint(args.checkpoint).get("training", {})
-            rows = smooth([(step, frames, loss) for step, (frames, loss) in enumerate(training.get("losses", []), 1)])
-            if not rows:
-                raise ValueError(f"{args.checkpoint} holds too few losses to draw; take the file that train_tiny.py wrote")
-            with open(folder / "training.csv", "w", newline="") as file:
-                csv.writer(file).writerows([("step", "frames", "loss"), *rows])
-            accuracy = of_run(common.Table(folder / "accuracy.csv", resume=True).rows, training)
-            pictures.write(draw(rows, accuracy, training["steps"]), args.out)
-    except (OSError, ValueError) as error:
-        sys.exit(f"progress.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    folder = Path(args.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = watch(args.checkpoint, folder / "accuracy.csv", args.captions) if args.watch else [sample.load_checkpoint(args.checkpoint).get("training", {})]
+    for training in runs:
+        rows = smooth([(step, frames, loss) for step, (frames, loss) in enumerate(training.get("losses", []), 1)])
+        if not rows:
+            raise ValueError(f"{args.checkpoint} holds too few losses to draw; take the file that train_tiny.py wrote")
+        with open(folder / "training.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("step", "frames", "loss"), *rows])
+        accuracy = of_run(common.Table(folder / "accuracy.csv", resume=True).rows, training)
+        pictures.write(draw(rows, accuracy, training["steps"]), args.out)
     print(f"wrote {folder / 'training.csv'} and {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main, "progress.py")
