@@ -495,12 +495,13 @@ class _Chunks:
         """
         sums = self.sums[:, c]
         L = sums[..., :, None] - sums[..., None, :]
-        if self.both:
-            before = self.sums_before[:, c]
-            L = L.tril_().add_((before[..., None, :] - before[..., :, None]).triu_()).exp2_()
-            L.diagonal(dim1=-2, dim2=-1).fill_(2)
-            return L
-        return L.tril_().exp2_()
+        if not self.both:
+            return L.tril_().exp2_()
+        before = self.sums_before[:, c]
+        above = torch.ones(self.Q, self.Q, dtype=L.dtype, device=L.device).triu_()  # where to take the other exponents
+        L = L.lerp_(before[..., None, :] - before[..., :, None], above).exp2_()
+        L.diagonal(dim1=-2, dim2=-1).fill_(2)
+        return L
 
     def mask(self, c, G):
         """Zero in G (b, k, g, Q, Q), in place, what no token may read. All heads of a group share G, so this is cheap."""

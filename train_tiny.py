@@ -226,12 +226,12 @@ class Stage:
 
 # LinGen's recipe in small: pictures first, then short clips, then longer ones, each stage starting from the
 # last. Every stage costs about the same per step, since fewer frames come in larger batches.
-STAGES = (Stage(1, 64, 0.04), Stage(4, 48, 0.10), Stage(16, 16, 0.66), Stage(64, 4, 0.20))
+STAGES = (Stage(1, 64, 0.04), Stage(4, 48, 0.10), Stage(16, 16, 0.56), Stage(64, 4, 0.30))
 IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
 LONG_EVERY = 2          # in the last stage every second step still shows shorter clips: on long ones alone it unlearns them
 TWO_EVERY = 3           # with --objects 2, two of three steps show two objects
-ANY_TIME = 0.1          # share of clips whose time is drawn evenly from 0 to 1: see `draw_times`
-OWN_FROM = 0.6          # share of the steps after which the model is also shown its own predictions: see `rehearse`
+ANY_TIME = 0.25         # share of clips whose time is drawn evenly from 0 to 1: see `draw_times`
+OWN_FROM = 0.5          # share of the steps after which the model is also shown its own predictions: see `rehearse`
 SETTLED = -1.7          # logit of the time (16 frames) from which on a shape's place is certain; only later times are rehearsed,
 OWN = 0.75              # and of their clips this share
 DROP = 0.1              # share of captions taken away, for guidance needs a model without caption; and, in those left, share of words
@@ -263,7 +263,7 @@ def draw_times(n, frames, generator):
     Flat shapes in big patches stay readable through a lot of noise: one sees *where* a shape is as soon as the
     noise, averaged over all its pixels in all frames, falls below it. All that is hard to learn lies before that
     moment, and four times the frames halve the noise of the average: the mean of logit t moves by -ln(2) for them.
-    But a tenth of the times are drawn evenly, or the last steps of the sampler, which draw the edges, are never practised.
+    But a quarter of the times are drawn evenly, or the last steps of the sampler, which draw the edges, are never practised.
     """
     t = torch.sigmoid(nearer_to_noise(-2.0, frames) + 1.2 * torch.randn(n, generator=generator))
     anywhere = torch.rand(2, n, generator=generator)

@@ -121,7 +121,8 @@ def in_fresh_process(script, threads=None, keep=False, **request):
 
     threads: of torch, if not as here. keep: memory between calls, as in `keep_memory`.
     """
-    env = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **(KEEP_MEMORY if keep else {})}
+    env = {name: value for name, value in os.environ.items() if name not in KEEP_MEMORY}
+    env |= ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | (KEEP_MEMORY if keep else {})
     run = subprocess.run([sys.executable, script, "--child", json.dumps(request)], stdout=subprocess.PIPE, text=True, env=env)
     if run.returncode == 130:
         raise KeyboardInterrupt

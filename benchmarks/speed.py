@@ -8,10 +8,7 @@ Peak memory is what a process of its own adds while it runs. The peers are funct
 `ssd_minimal_discrete` and transformers' `mamba2_chunk_scan`; see tests/requirements-peers.txt.
 """
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -77,21 +74,18 @@ def in_turn(runs, times):
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def peak_mib(name, length, chunk, backward):
-    """What the scan adds to the memory of a fresh process, in MiB; None where the system does not say."""
-    plain = {name: value for name, value in os.environ.items() if name not in common.KEEP_MEMORY}
-    out = subprocess.run([sys.executable, __file__, "--peak", name, str(length), str(chunk), str(int(backward))], capture_output=True, text=True, env=plain)
-    if out.returncode:
-        print(f"no peak memory: {out.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-    return json.loads(out.stdout) if out.returncode == 0 else None
-
-
-def print_peak(name, length, chunk, backward):
+def child(name, length, chunk, backward):
+    """What one run of a scan adds to the memory of its process, in MiB."""
     scan, arguments = scans()[name], inputs(length)
     runner(scan, inputs(256), chunk, backward)()                 # libraries load what they need
     before = common.most_memory()
     runner(scan, arguments, chunk, backward)()
-    print(json.dumps(common.most_memory() - before))
+    return common.most_memory() - before
+
+
+def peak_mib(*request):
+    """`child` in a process of its own, which gives memory back."""
+    return round(common.in_fresh_process(__file__, **dict(zip(("name", "length", "chunk", "backward"), request, strict=True))))
 
 
 def peers(add, quick):
@@ -107,8 +101,7 @@ def peers(add, quick):
             peaks = {name: peak_mib(name, length, best[name], backward) for name in every}
             for name in every:
                 add(length=length, pass_="both" if backward else "forward", scan=name, chunk=best[name], ms=round(taken[name], 1),
-                    peak_mib=round(peaks[name]) if peaks[name] else None, slower=round(taken[name] / taken["ours"], 2),
-                    memory=round(peaks[name] / peaks["ours"], 2) if all(peaks.values()) else None)
+                    peak_mib=peaks[name], slower=round(taken[name] / taken["ours"], 2), memory=round(peaks[name] / max(1, peaks["ours"]), 2))
 
 
 def linear(add, quick):
@@ -123,7 +116,7 @@ def linear(add, quick):
     taken = in_turn({0: runner(ssd_chunked, inputs(length), 32, False)}, 1)[0]
     size = 4 * length * (2 * HEADS * HEADDIM + HEADS + 2 * D_STATE) / 2**20
     add(length=length, pass_="forward", us_per_token=round(1e3 * taken / length, 3), to_8192=None,
-        peak_mib=round(peak_mib("ours", length, 32, False) or 0), inputs_and_output_mib=round(size))
+        peak_mib=peak_mib("ours", length, 32, False), inputs_and_output_mib=round(size))
 
 
 def both(add, quick):
@@ -231,12 +224,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Each table is also written as CSV into --out.")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"which: {', '.join(TABLES)} (default all)")
     parser.add_argument("--quick", action="store_true", help="leave out the longest sequences")
-    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"), help="folder of the CSV files")
     parser.add_argument("--give-back", action="store_true", help="let glibc give memory back after each call (Linux); slower")
-    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.peak:
-        return print_peak(args.peak[0], *map(int, args.peak[1:]))
+    args = common.arguments(parser, child)
     if unknown := set(args.tables) - set(TABLES):
         parser.error(f"there is no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     if not args.give_back:
