@@ -238,7 +238,7 @@ DROP = 0.1              # share of captions taken away, for guidance needs a mod
                         # taken away: what "left" means must be learnt without regard to what goes there
 
 # What a checkpoint asks of sample.py: these are the defaults that `python sample.py` falls back to.
-SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 48, "guidance": 1.0, "schedule": "shifted", "shift": 12.0,
+SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 48, "guidance": 1.0, "schedule": "shifted", "shift": 4.0,
             "fresh": 1.0}
 
 

@@ -155,6 +155,9 @@ class Table:
                 lines = [row, *lines]
             for texts in lines:
                 tqdm.write("".join(f"{text:{'>' if i else '<'}{width}}" for i, (text, width) in enumerate(zip(texts, self.widths))))
+        self.write()
+
+    def write(self):
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in self.rows for key in row)), lineterminator="\n")
         writer.writeheader()

@@ -6,7 +6,6 @@
 Each stage has its own scale of loss, since longer clips are trained nearer to the noise: compare within a stage.
 """
 import argparse
-import csv
 import math
 import sys
 import time
@@ -108,8 +107,9 @@ def main():
         rows = smooth([(step, frames, loss) for step, (frames, loss) in enumerate(training.get("losses", []), 1)])
         if not rows:
             raise ValueError(f"{args.checkpoint} holds too few losses to draw; take the file that train_tiny.py wrote")
-        with open(folder / "training.csv", "w", newline="") as file:
-            csv.writer(file).writerows([("step", "frames", "loss"), *rows])
+        table = common.Table(folder / "training.csv", quiet=True)
+        table.rows = [dict(zip(("step", "frames", "loss"), row, strict=True)) for row in rows]
+        table.write()
         accuracy = of_run(common.Table(folder / "accuracy.csv", resume=True).rows, training)
         pictures.write(draw(rows, accuracy, training["steps"]), args.out)
     print(f"wrote {folder / 'training.csv'} and {args.out}")
