@@ -460,6 +460,7 @@ class _Chunks:
         end = sums[:, :, :, -1:]
         self.sums = sums.mT.contiguous()                                            # (b, c, g, r, Q)
         self.sums_before = (sums - a).mT.contiguous() if both else None             # the sum without the token itself
+        self.above = self.sums.new_ones(Q, Q).triu() if both else None                 # 1 where a token reads what comes later
         into, out, total = [sums.exp2()], [(end - sums).exp2()], end.exp2()
         if both:                                     # from the right edge to i: a_i + ... ; from j to the left: ... + a_{j-1}
             into, out = into + [(end - sums + a).exp2()], out + [(sums - a).exp2()]
@@ -498,8 +499,7 @@ class _Chunks:
         if not self.both:
             return L.tril_().exp2_()
         before = self.sums_before[:, c]
-        above = torch.ones(self.Q, self.Q, dtype=L.dtype, device=L.device).triu_()  # where to take the other exponents
-        L = L.lerp_(before[..., None, :] - before[..., :, None], above).exp2_()
+        L = L.lerp_(before[..., None, :] - before[..., :, None], self.above).exp2_()        # weights 0 and 1: one or the other
         L.diagonal(dim1=-2, dim2=-1).fill_(2)
         return L
 

@@ -119,7 +119,7 @@ def arguments(parser, child):
 def in_fresh_process(script, threads=None, keep=False, **request):
     """What `script --child REQUEST` prints as its last line, JSON: only in a process of its own is a peak its own.
 
-    threads: of torch, if not as here. keep: memory between calls, as in `keep_memory`.
+    threads: of torch, if not as here. keep: memory between calls, as in `keep_memory`; else it is given back, even if kept here.
     """
     env = {name: value for name, value in os.environ.items() if name not in KEEP_MEMORY}
     env |= ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | (KEEP_MEMORY if keep else {})

@@ -83,9 +83,9 @@ def child(name, length, chunk, backward):
     return common.most_memory() - before
 
 
-def peak_mib(*request):
+def peak_mib(name, length, chunk, backward):
     """`child` in a process of its own, which gives memory back."""
-    return round(common.in_fresh_process(__file__, **dict(zip(("name", "length", "chunk", "backward"), request, strict=True))))
+    return round(common.in_fresh_process(__file__, name=name, length=length, chunk=chunk, backward=backward))
 
 
 def peers(add, quick):
