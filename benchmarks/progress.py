@@ -33,8 +33,9 @@ def smooth(losses, window=25):
 
 
 def of_run(rows, training):
-    """The rows of accuracy.csv that belong to this run and not to one before it."""
-    return [row for row in rows if (row.get("seed"), row.get("steps")) == (str(training["seed"]), str(training["steps"]))]
+    """The rows of accuracy.csv that belong to this run, also if it was made longer since: those with its loss at their step."""
+    losses = [loss for _, loss in training.get("losses", [])]
+    return [row for row in rows if row.get("loss") == str(dict(enumerate(losses, 1)).get(int(row["step"])))]
 
 
 def watch(path, target, captions):
@@ -48,11 +49,13 @@ def watch(path, target, captions):
         model, checkpoint = sample.load_model(path, "cpu")
         model.vocabulary, training = checkpoint["vocabulary"], checkpoint.get("training", {})
         step, steps = training.get("step", 0), training.get("steps", 0)
+        if not training.get("losses"):
+            raise ValueError(f"{path} holds no losses; take the file that train_tiny.py wrote")
         if step >= done + steps / 20 or step == steps > done:
             done = step
             _, result = score(model, captions, 16, sample.steps_for(checkpoint["sampling"]), held_out_only=True)
             table.rows = [row for row in of_run(table.rows, training) if int(row["step"]) < step]
-            table.add(seed=training["seed"], steps=steps, step=step, **{name: round(result[name], 4) for name in JUDGED})
+            table.add(step=step, loss=training["losses"][-1][1], **{name: round(result[name], 4) for name in JUDGED})
             print(f"step {step}: " + ", ".join(f"{name.removesuffix('_ok').replace('_', ' ')} {100 * result[name]:.0f} %" for name in JUDGED), flush=True)
             yield training
         if step >= steps:

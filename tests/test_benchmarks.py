@@ -257,8 +257,8 @@ def test_progress_judges_a_run_anew_and_keeps_what_it_judged_before(monkeypatch,
     run.step, run.losses = 60, [(1, 0.5)] * 30 + [(4, 0.1)] * 30
     train_tiny.save(path, run.state())
     results.mkdir()
-    (results / "accuracy.csv").write_text("seed,steps,step," + ",".join(progress.JUDGED) + "\n"
-                                          + "".join(f"0,{run}" + ",0.25" * 6 + "\n" for run in ("60,7", "60,60", "90,8")))
+    rows = ("7,0.5", "60,0.1", "8,0.4", "90,0.1")                       # the third is of another run, the last of a longer one
+    (results / "accuracy.csv").write_text("step,loss," + ",".join(progress.JUDGED) + "\n" + "".join(row + ",0.25" * 6 + "\n" for row in rows))
     monkeypatch.setattr(progress, "score", lambda model, *rest, **more: (None, dict.fromkeys(progress.JUDGED, 0.75)))
     call(monkeypatch, progress, path, "--watch", "--results", results, "--out", tmp_path / "training.png")
     assert "joint 75 %" in capsys.readouterr().out
@@ -269,7 +269,7 @@ def test_progress_judges_a_run_anew_and_keeps_what_it_judged_before(monkeypatch,
 
 def test_adapt_moves_to_clips_four_times_as_long(monkeypatch):
     monkeypatch.setattr(train_tiny, "STAGES", train_tiny.STAGES)
-    monkeypatch.setattr(train_tiny, "LONG_EVERY", train_tiny.LONG_EVERY)
+    monkeypatch.setattr(train_tiny, "SHORT_EVERY", train_tiny.SHORT_EVERY)
     runs, init = [], train_tiny.Run.__init__
     monkeypatch.setattr(train_tiny.Run, "__init__", lambda self, *args: runs.append(self) or init(self, *args))
     monkeypatch.setattr(train_tiny.Run, "advance", lambda self: self.losses.append(train_tiny.training_batch(
