@@ -303,19 +303,18 @@ class LinGen(nn.Module):
 
 
 def pixels(out, clip, t):
-    """The clean clip of pixels between -1 and 1: what the network says of each, plus what the noisy pixel itself says.
+    """The clean clip of pixels between -1 and 1: what the network says of each, and, when little noise is left, the pixel itself.
 
     out and clip (b, c, frames, h, w), t (b,) -> like out.
 
-    Choice. Were every pixel either -1 or 1, Bayes' rule would make its mean tanh(prior + t x / (1 - t)^2): half the
-    log-odds of the two Gaussians around -t and t that x may come from. So the network need only learn the prior, from
-    all the other pixels, and none of what it sees anyway; tanh makes flat colours flat. But the soft edges of shapes are
-    neither -1 nor 1: where no noise is left, a pixel is what one sees, tanh(atanh(x)) = x. One formula says both:
-    tanh(prior + atanh(k x)) with k = t / ((1 - t)^2 + t). Near the noise k is about t / (1 - t)^2, and atanh(k x) about
-    k x; at t = 1 k is 1. (0.97 and the clamp keep atanh finite, also where noise takes x beyond 1.)
+    Choice. tanh makes flat colours flat. At t = 1 the clip is what one sees, tanh(atanh(x)) = x, and the network need not
+    copy it. But before that its word counts: a soft edge's brightness follows from the shape's place, which all pixels of all
+    frames tell far better than the one noisy pixel. So a pixel is trusted by Wiener's rule, which weighs two witnesses by
+    their certainty: k = e^2 / (s^2 + e^2), s = (1 - t) / t the noise in what one sees, e = 0.1 the error of the network
+    (at t = 0.9 about as large). (0.97 and the clamp keep atanh finite, also where noise takes x beyond 1.)
     """
     at = t.view(-1, 1, 1, 1, 1).to(out.dtype)
-    own = 0.97 * at / ((1 - at) ** 2 + at) * clip
+    own = 0.97 * (0.1 * at) ** 2 / ((1 - at) ** 2 + (0.1 * at) ** 2) * clip
     return torch.tanh(out + torch.atanh(own.clamp(-0.98, 0.98)))
 
 

@@ -226,14 +226,14 @@ class Stage:
 
 # LinGen's recipe in small: pictures first, then short clips, then longer ones, each stage starting from the
 # last. Every stage costs about the same per step, since fewer frames come in larger batches.
-STAGES = (Stage(1, 64, 0.04), Stage(4, 48, 0.10), Stage(16, 16, 0.56), Stage(64, 4, 0.30))
+STAGES = (Stage(1, 64, 0.04), Stage(4, 48, 0.10), Stage(16, 16, 0.56), Stage(64, 4, 0.15), Stage(256, 1, 0.15))
 IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
-LONG_EVERY = 2          # in the last stage every second step still shows shorter clips: on long ones alone it unlearns them
+SHORT_EVERY = 2         # and in the stages of long clips every second step still shows clips of 16 frames: on long ones alone it unlearns them
 TWO_EVERY = 3           # with --objects 2, two of three steps show two objects
 ANY_TIME = 0.25         # share of clips whose time is drawn evenly from 0 to 1: see `draw_times`
 OWN_FROM = 0.5          # share of the steps after which the model is also shown its own predictions: see `rehearse`
-SETTLED = -1.7          # logit of the time (16 frames) from which on a shape's place is certain; only later times are rehearsed,
-OWN = 0.75              # and of their clips this share
+SETTLED = -1.7, -0.4    # logits of the times (16 frames) from which on a shape's place is certain, and then its edges: between them
+OWN = 0.75              # this share of the clips is rehearsed
 DROP = 0.1              # share of captions taken away, for guidance needs a model without caption; and, in those left, share of words
                         # taken away: what "left" means must be learnt without regard to what goes there
 
@@ -278,8 +278,8 @@ def training_batch(step, steps, seed, objects=1):
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     stage = stage_at(step, steps)
-    if stage is STAGES[-1] and step % LONG_EVERY:
-        stage = STAGES[-2]
+    if stage.frames > 16 and step % SHORT_EVERY:
+        stage = [shorter for shorter in STAGES if shorter.frames <= 16][-1]
     if stage.frames > 1 and step % IMAGES_EVERY == 0:
         stage = STAGES[0]
     several = objects if objects == 1 or step % TWO_EVERY else 1
@@ -288,9 +288,9 @@ def training_batch(step, steps, seed, objects=1):
     lost = torch.rand(len(text), 1, generator=generator), torch.rand(text.shape, generator=generator)
     text[(lost[0] < DROP) | (lost[1] < DROP)] = 0
     t, noise = draw_times(len(clips), stage.frames, generator), torch.randn(clips.shape, generator=generator)
-    settled = torch.sigmoid(torch.tensor(nearer_to_noise(SETTLED, stage.frames)))
+    settled, sharp = (torch.sigmoid(torch.tensor(nearer_to_noise(logit, stage.frames))) for logit in SETTLED)
     chance, when = torch.rand(2, len(clips), generator=generator)
-    own = (t > settled) & (chance < OWN) & (step >= OWN_FROM * steps)
+    own = (t > settled) & (t < sharp) & (chance < OWN) & (step >= OWN_FROM * steps)
     earlier = torch.where(own, settled + when * (t - settled), 0.0)
     return clips, text, t, noise, earlier, torch.randn(clips.shape, generator=generator)
 
@@ -303,8 +303,9 @@ def rehearse(model, clips, text, earlier, noise):
 
     A sampler feeds the model its own predictions, and no training clip has their faults: a shape that jumps where two
     tokens meet in time, an edge that frays. Asked for the clip behind its own prediction, the model learns to mend them
-    (the remedy for what is called exposure bias). Only from the time SETTLED on: before it a prediction is a blur of all
-    the places where the shape may be, and to be true to that would mean never to decide.
+    (the remedy for what is called exposure bias). Not before the first of the times SETTLED, where a prediction is a blur
+    of all the places where the shape may be: to be true to that would mean never to decide. And not after the second: a
+    prediction lies a part of a pixel beside its clip, and who is often told so learns to distrust the edges that it sees.
     """
     own = earlier > 0
     if own.any():
@@ -326,12 +327,16 @@ def flow_matching_loss(model, clips, text, t, noise, shown=None):
     bounds) read as a probability. Like the squared error it is least at the mean of all clips that x_t may come from,
     which is what flow matching needs. But it minds a black pixel that is a bit grey, as in the path that a shape has
     just left, where the squared error hardly does.
+
+    Clips count in proportion to their time (of clips of 16 frames; longer ones see as much at an earlier time, see `draw_times`),
+    4 t, about 1 on average: near the noise the loss is large whatever one learns, and would drown what the edges ask for.
     """
     at = t.view(-1, 1, 1, 1, 1)
     brightness = (1 + model((1 - at) * noise + at * (clips if shown is None else shown), t, text)) / 2
     if brightness.isnan().any():        # of which the cross-entropy would complain in its own words; see Run.advance
         return brightness.mean()
-    return F.binary_cross_entropy(brightness, (1 + clips) / 2)
+    weight = 4 * torch.sigmoid(nearer_to_noise(torch.logit(at), 256 / clips.shape[2]))        # away from the noise again
+    return (weight * F.binary_cross_entropy(brightness, (1 + clips) / 2, reduction="none")).mean()
 
 
 def make_optimizers(model, rate):

@@ -396,7 +396,14 @@ def test_stages_follow_their_shares_and_pictures_are_mixed_in(small):
     assert [toy.stage_at(step, 10).frames for step in range(10)] == [1, 1, 4, 4, 4, 8, 8, 8, 8, 8]
     frames = [toy.training_batch(step, 40, seed=0)[0].shape[2] for step in range(40)]
     assert frames[:8] == [1] * 8 and all((f == 1) == (step < 8 or step % toy.IMAGES_EVERY == 0) for step, f in enumerate(frames))
-    assert abs(sum(stage.share for stage in toy.STAGES) - 1) < 1e-9
+
+
+def test_every_second_step_of_a_long_stage_goes_back_to_sixteen_frames(monkeypatch):
+    assert abs(sum(stage.share for stage in toy.STAGES) - 1) < 1e-9 and [stage.frames for stage in toy.STAGES] == [1, 4, 16, 64, 256]
+    monkeypatch.setattr(toy, "STAGES", (toy.Stage(1, 4, 0.2), toy.Stage(4, 2, 0.2), toy.Stage(16, 2, 0.2), toy.Stage(20, 1, 0.2), toy.Stage(24, 1, 0.2)))
+    frames = [toy.training_batch(step, 80, seed=0)[0].shape[2] for step in range(80)]
+    assert frames[48:64] == [1, 16, 20, 16, 20, 16, 20, 16] * 2 and frames[64:] == [1, 16, 24, 16, 24, 16, 24, 16] * 2
+    assert set(frames[32:48]) == {1, 16}
 
 
 def test_a_step_makes_its_own_data(small):
@@ -436,10 +443,13 @@ def test_loss_is_that_of_the_predicted_clip(small):
         seen["x"] = x
         return torch.zeros_like(x)
     loss = toy.flow_matching_loss(model, clips, text, t, noise)
-    assert loss == pytest.approx(math.log(2), rel=1e-5)                 # grey everywhere, whatever the clip
+    odds = t.double() / (1 - t.double()) * (clips.shape[2] / 16) ** 0.5      # of a clip of 16 frames that shows as much
+    weight = 4 * odds / (1 + odds)                                      # (b,)
+    assert loss == pytest.approx(math.log(2) * weight.mean().item(), rel=1e-5)     # grey everywhere, whatever the clip
     sure = toy.flow_matching_loss(lambda x, times, words: 0.9 * clips, clips, text, t, noise).item()
     p, y = (1 + 0.9 * clips.double()) / 2, (1 + clips.double()) / 2
-    assert sure == pytest.approx(-(y * p.log() + (1 - y) * (1 - p).log()).mean().item(), rel=1e-4) and sure < 0.1
+    each = -(y * p.log() + (1 - y) * (1 - p).log()).flatten(1).mean(1)
+    assert sure == pytest.approx((weight * each).mean().item(), rel=1e-4) and sure < 0.1
     torch.testing.assert_close(seen["x"][1], (1 - t[1]) * noise[1] + t[1] * clips[1])
     toy.flow_matching_loss(model, clips, text, t, noise, shown=-clips)
     torch.testing.assert_close(seen["x"][1], (1 - t[1]) * noise[1] - t[1] * clips[1])
@@ -449,11 +459,11 @@ def test_late_in_training_the_model_meets_its_own_predictions_of_earlier_times(s
     own = later = 0
     for step in range(120):
         clips, _, t, noise, earlier, before = toy.training_batch(step, 120, seed=0)
-        settled = 1 / (1 + math.exp(1.7 + 0.5 * math.log(clips.shape[2] / 16)))
+        settled, sharp = (1 / (1 + math.exp(x + 0.5 * math.log(clips.shape[2] / 16))) for x in (1.7, 0.4))
         some = earlier > 0
         assert before.shape == clips.shape and not torch.equal(before, noise) and ((earlier >= settled - 1e-6) & (earlier < t) | ~some).all()
-        assert step >= 60 or not some.any()
-        own, later = own + int(some.sum()), later + int((t > settled).sum() if step >= 60 else 0)
+        assert (t[some] < sharp).all() and (step >= 60 or not some.any())
+        own, later = own + int(some.sum()), later + int(((t > settled) & (t < sharp)).sum() if step >= 60 else 0)
     assert own and own / later == pytest.approx(0.75, abs=0.15)
 
 
