@@ -34,8 +34,8 @@ def smooth(losses, window=25):
 
 def of_run(rows, training):
     """The rows of accuracy.csv that belong to this run, also if it was made longer since: those with its loss at their step."""
-    losses = [loss for _, loss in training.get("losses", [])]
-    return [row for row in rows if row.get("loss") == str(dict(enumerate(losses, 1)).get(int(row["step"])))]
+    losses = {str(step): str(loss) for step, (_, loss) in enumerate(training.get("losses", []), 1)}
+    return [row for row in rows if losses.get(row["step"], "") == row.get("loss")]
 
 
 def watch(path, target, captions):

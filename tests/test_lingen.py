@@ -1,6 +1,5 @@
 """Review tokens, MATE, the block and the whole denoiser: what reaches what, what it costs, and what is refused."""
 import dataclasses
-import math
 
 import pytest
 import torch
