@@ -232,8 +232,8 @@ SHORT_EVERY = 2         # and in the stages of long clips every second step stil
 TWO_EVERY = 3           # with --objects 2, two of three steps show two objects
 ANY_TIME = 0.25         # share of clips whose time is drawn evenly from 0 to 1: see `draw_times`
 OWN_FROM = 0.5          # share of the steps after which the model is also shown its own predictions: see `rehearse`
-SETTLED = -1.7, -0.4    # logits of the times (16 frames) from which on a shape's place is certain, and then its edges: between them
-OWN = 0.75              # this share of the clips is rehearsed
+SETTLED = -1.7          # logit of the time (16 frames) from which on a shape's place is certain; only later times are rehearsed,
+OWN = 0.75              # and of their clips this share
 DROP = 0.1              # share of captions taken away, for guidance needs a model without caption; and, in those left, share of words
                         # taken away: what "left" means must be learnt without regard to what goes there
 
@@ -288,9 +288,9 @@ def training_batch(step, steps, seed, objects=1):
     lost = torch.rand(len(text), 1, generator=generator), torch.rand(text.shape, generator=generator)
     text[(lost[0] < DROP) | (lost[1] < DROP)] = 0
     t, noise = draw_times(len(clips), stage.frames, generator), torch.randn(clips.shape, generator=generator)
-    settled, sharp = (torch.sigmoid(torch.tensor(nearer_to_noise(logit, stage.frames))) for logit in SETTLED)
+    settled = torch.sigmoid(torch.tensor(nearer_to_noise(SETTLED, stage.frames)))
     chance, when = torch.rand(2, len(clips), generator=generator)
-    own = (t > settled) & (t < sharp) & (chance < OWN) & (step >= OWN_FROM * steps)
+    own = (t > settled) & (chance < OWN) & (step >= OWN_FROM * steps)
     earlier = torch.where(own, settled + when * (t - settled), 0.0)
     return clips, text, t, noise, earlier, torch.randn(clips.shape, generator=generator)
 
@@ -303,9 +303,8 @@ def rehearse(model, clips, text, earlier, noise):
 
     A sampler feeds the model its own predictions, and no training clip has their faults: a shape that jumps where two
     tokens meet in time, an edge that frays. Asked for the clip behind its own prediction, the model learns to mend them
-    (the remedy for what is called exposure bias). Not before the first of the times SETTLED, where a prediction is a blur
-    of all the places where the shape may be: to be true to that would mean never to decide. And not after the second: a
-    prediction lies a part of a pixel beside its clip, and who is often told so learns to distrust the edges that it sees.
+    (the remedy for what is called exposure bias). Only from the time SETTLED on: before it a prediction is a blur of all
+    the places where the shape may be, and to be true to that would mean never to decide.
     """
     own = earlier > 0
     if own.any():
