@@ -314,7 +314,8 @@ def pixels(out, clip, t):
     (at t = 0.9 about as large). (0.97 and the clamp keep atanh finite, also where noise takes x beyond 1.)
     """
     at = t.view(-1, 1, 1, 1, 1).to(out.dtype)
-    own = 0.97 * (0.1 * at) ** 2 / ((1 - at) ** 2 + (0.1 * at) ** 2) * clip
+    error = (0.1 * at) ** 2                                     # e^2, and below s^2, both times t^2: t may be 0
+    own = 0.97 * error / ((1 - at) ** 2 + error) * clip
     return torch.tanh(out + torch.atanh(own.clamp(-0.98, 0.98)))
 
 
