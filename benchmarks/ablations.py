@@ -5,8 +5,8 @@
     python benchmarks/ablations.py --minutes 20                       as much as fits; the next call goes on
 
 Every variant is one field of the same LinGenConfig, trained by train_tiny's own recipe cut to --steps, on the same data for
-the same seed. Measured on the average of the weights: the loss on clips of held-out combinations, of 16 and 64 frames (the
-recipe trains on both) and of 256 (longer than any it saw; review tokens are made for long clips), and the judge's verdict
+the same seed. Measured on the average of the weights: the loss on clips of held-out combinations, of 16, 64 and 256 frames (the
+recipe trains on all three) and of 1024 (longer than any it saw; review tokens are made for long clips), and the judge's verdict
 on sampled clips of 16 frames. A row is one variant and seed, trained in a process of its own with one thread; seed 0 comes
 first for all, so that whatever stands in the CSV compares whole sets. The DiT alone has position tables: MATE's branches
 know places by themselves, but full attention without tables would not know one token from the next.
@@ -31,7 +31,7 @@ from benchmarks import common, judge  # noqa: E402
 from lingen import preset  # noqa: E402
 
 VARIANTS = {**common.VARIANTS, "DiT": dict(mixer="attention", grid=(16, 8, 8))}
-LENGTHS = (16, 64, 256)
+LENGTHS = (16, 64, 256, 1024)
 JUDGED = ("joint", "colour_ok", "shape_ok", "size_ok", "direction_ok", "speed_ok", "one_object", "steady", "flicker")
 # Fig. 11 in words: both TESA and RMS are best, RMS as good as zigzag. Fig. 12: people prefer the default over any variant.
 
@@ -46,7 +46,7 @@ def begin(variant, steps, seed):
 def validation_loss(model, frames, tokens=2**14):
     """The training loss on clips that no training has seen: the same clips, times and noise for every model."""
     make = torch.Generator().manual_seed(20_000_003 + frames)
-    clips, captions, _ = train_tiny.make_batch(tokens // (16 * frames), frames, make, held_out_only=True)
+    clips, captions, _ = train_tiny.make_batch(max(4, tokens // (16 * frames)), frames, make, held_out_only=True)
     t, noise = train_tiny.draw_times(len(clips), frames, make), torch.randn(clips.shape, generator=make)
     with torch.no_grad():
         return train_tiny.flow_matching_loss(model, clips, sample.encode(captions, train_tiny.VOCABULARY), t, noise).item()
@@ -84,7 +84,7 @@ def summarise(rows, path):
 
 def draw(rows):
     def panels(*axes):
-        for axis, name in zip(axes, ("loss_16", "loss_64", "loss_256", "colour")):
+        for axis, name in zip(axes, ("loss_16", "loss_256", "loss_1024", "colour")):
             for place, variant in enumerate(VARIANTS):
                 values = [float(row[name]) for row in rows if row["variant"] == variant]
                 axis.plot(values, [place] * len(values), "o", color=common.COLOURS[0], alpha=0.6)
