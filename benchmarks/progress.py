@@ -21,11 +21,20 @@ from benchmarks.judge import score  # noqa: E402
 JUDGED = ("colour_ok", "shape_ok", "direction_ok", "steady", "overlap_ok", "joint")
 
 
-def smooth(losses, window=25):
-    """Means of consecutive windows of one stage's steps: [(step, frames, loss)] -> the same, shorter."""
+def training_of(checkpoint, path):
+    """What a checkpoint says of its training; ValueError if its losses are gone, as in a published one."""
+    training = checkpoint.get("training", {})
+    if not training.get("losses"):
+        raise ValueError(f"{path} holds no losses; take the file that train_tiny.py wrote")
+    return training
+
+
+def smooth(losses):
+    """Means of 25 consecutive steps of one stage (of fewer, if it has no more): [(step, frames, loss)] -> the same, shorter."""
     rows = []
     for frames in sorted({f for _, f, _ in losses}):
         own = [row for row in losses if row[1] == frames]
+        window = min(25, len(own))
         for i in range(0, len(own) - window + 1, window):
             part = own[i : i + window]
             rows.append((part[-1][0], frames, round(sum(loss for *_, loss in part) / window, 5)))
@@ -34,7 +43,7 @@ def smooth(losses, window=25):
 
 def of_run(rows, training):
     """The rows of accuracy.csv that belong to this run, also if it was made longer since: those with its loss at their step."""
-    losses = {str(step): str(loss) for step, (_, loss) in enumerate(training.get("losses", []), 1)}
+    losses = {str(step): str(loss) for step, (_, loss) in enumerate(training["losses"], 1)}
     return [row for row in rows if losses.get(row["step"], "") == row.get("loss")]
 
 
@@ -47,10 +56,8 @@ def watch(path, target, captions):
     table, done = common.Table(target, resume=True, quiet=True), 0
     while True:
         model, checkpoint = sample.load_model(path, "cpu")
-        model.vocabulary, training = checkpoint["vocabulary"], checkpoint.get("training", {})
-        step, steps = training.get("step", 0), training.get("steps", 0)
-        if not training.get("losses"):
-            raise ValueError(f"{path} holds no losses; take the file that train_tiny.py wrote")
+        model.vocabulary, training = checkpoint["vocabulary"], training_of(checkpoint, path)
+        step, steps = training["step"], training["steps"]
         if step >= done + steps / 20 or step == steps > done:
             done = step
             _, result = score(model, captions, 16, sample.steps_for(checkpoint["sampling"]), held_out_only=True)
@@ -105,11 +112,9 @@ def main():
     args = parser.parse_args()
     folder = Path(args.results)
     folder.mkdir(parents=True, exist_ok=True)
-    runs = watch(args.checkpoint, folder / "accuracy.csv", args.captions) if args.watch else [sample.load_checkpoint(args.checkpoint).get("training", {})]
+    runs = watch(args.checkpoint, folder / "accuracy.csv", args.captions) if args.watch else [training_of(sample.load_checkpoint(args.checkpoint), args.checkpoint)]
     for training in runs:
-        rows = smooth([(step, frames, loss) for step, (frames, loss) in enumerate(training.get("losses", []), 1)])
-        if not rows:
-            raise ValueError(f"{args.checkpoint} holds too few losses to draw; take the file that train_tiny.py wrote")
+        rows = smooth([(step, frames, loss) for step, (frames, loss) in enumerate(training["losses"], 1)])
         table = common.Table(folder / "training.csv", quiet=True)
         table.rows = [dict(zip(("step", "frames", "loss"), row, strict=True)) for row in rows]
         table.write()

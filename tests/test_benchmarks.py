@@ -265,6 +265,7 @@ def test_progress_judges_a_run_anew_and_keeps_what_it_judged_before(monkeypatch,
     assert [(row["step"], row["joint"]) for row in common.Table(results / "accuracy.csv", resume=True).rows] == [("7", "0.25"), ("60", "0.75")]
     assert (results / "training.csv").read_text().split() == ["step,frames,loss", "25,1,0.5", "55,4,0.1"]
     assert (tmp_path / "training.png").stat().st_size > 5000
+    assert progress.smooth([(1, 1, 0.5), (2, 1, 0.25), (3, 4, 0.1)]) == [(2, 1, 0.375), (3, 4, 0.1)]     # just begun
 
 
 def test_adapt_moves_to_clips_four_times_as_long(monkeypatch):
