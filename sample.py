@@ -54,7 +54,7 @@ SCHEDULES = ("uniform", "linear-quadratic", "shifted")
 # The seed ends at 32 bits because torch's generator on the CPU reads no more: seed + 2**32 would be the same
 # noise under another name. Movie Gen's schedule imitates 1000 steps, so more than that are never of use.
 LIMITS = {"frames": (int, 1, 4096), "height": (int, 1, 4096), "width": (int, 1, 4096), "steps": (int, 1, 1000),
-          "fresh": (float, 0, 1), "seed": (int, 0, 2**32 - 1), "scale": (int, 1, 64), "fps": (float, 1, 100), "shift": (float, 1, 100),
+          "fresh": (float, 0, 1), "period": (int, 0, 4096), "seed": (int, 0, 2**32 - 1), "scale": (int, 1, 64), "fps": (float, 1, 100), "shift": (float, 1, 100),
           "guidance": (float, 0, 100)}
 
 
@@ -146,12 +146,25 @@ def times(steps: int, schedule: str = "uniform", shift: float = 1.0):
     return u.float()                                                                  # (steps + 1,)
 
 
+def white_noise(shape, generator, period: int = 0):
+    """Normal noise (..., t, h, w); with period > 0 frame i has the same as frame i + period.
+
+    That is how far-off frames of a long clip come to agree. The noise decides where a shape begins, and where each stretch
+    of a film has its own, each begins on its own: shapes jump from one to the next. (Noise that frames share is known from
+    PYoCo, arXiv 2305.10474, and FreeNoise, arXiv 2310.15169.) It suits a world that itself repeats after `period` frames.
+    """
+    import torch
+    frames = shape[-3]
+    own = torch.randn(*shape[:-3], min(frames, period or frames), *shape[-2:], generator=generator)
+    return own if own.shape[-3] == frames else own[..., torch.arange(frames) % period, :, :]
+
+
 def steps_for(sampling: dict) -> dict:
     """The arguments of `sample` that say how to step, from a checkpoint's sampling defaults."""
-    return {name: sampling[name] for name in ("steps", "guidance", "schedule", "shift", "fresh") if name in sampling}
+    return {name: sampling[name] for name in ("steps", "guidance", "schedule", "shift", "fresh", "period") if name in sampling}
 
 
-def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", shift=1.0, fresh=0.0, seed=0,
+def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", shift=1.0, fresh=0.0, period=0, seed=0,
            progress=False, callback=None):
     """Clips for captions: (b, channels, frames, height, width) float32 in [-1, 1], on the model's device.
 
@@ -168,12 +181,13 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     and lets it decide again. Its price is variety: up to sqrt(1 - (s' / s)^2), s = (1 - t) / t before the step and
     s' after it, the clips stay distributed as the data (that much is the step of DDPM, Ho et al. 2020); 1 draws them
     to what is likeliest.
+    period: frames after which the noise repeats, see `white_noise`; 0: never.
     Raises ValueError for wrong arguments, FloatingPointError if the result holds NaN or infinity.
     """
     import torch
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is {type(model).__name__}; load_model makes one from a checkpoint")
-    check({"seed": seed, "guidance": guidance, "steps": steps, "shift": shift, "fresh": fresh})
+    check({"seed": seed, "guidance": guidance, "steps": steps, "shift": shift, "fresh": fresh, "period": period})
     check_shape(model.config, *shape)
     if not torch.is_tensor(text) or text.ndim != 2 or text.dtype != torch.int64 or not text.shape[0]:
         raise ValueError(f"text is {getattr(text, 'dtype', type(text))} {list(getattr(text, 'shape', []))}; "
@@ -186,7 +200,7 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     generators = [torch.Generator().manual_seed(seed + i) for i in range(b)]
 
     def noise():
-        return torch.stack([torch.randn(model.config.channels, *shape, generator=g) for g in generators]).to(device)
+        return torch.stack([white_noise((model.config.channels, *shape), g, period) for g in generators]).to(device)
 
     x = noise()                                                                      # (b, c, t, h, w)
     text = text.to(device)                                                           # (b, n)
@@ -474,7 +488,7 @@ def parse(argv):
     add("captions", nargs="*", metavar="CAPTION", help='as in "a red circle moving right"; several need --out FOLDER')
     add("--captions", dest="file", help="a text file (UTF-8) with one caption a line")
     add("--out", help="clip.gif, .webp, .png (contact sheet) or .npy (uint8, frames x height x width x 3, no settings inside); or a folder")
-    for name in ("frames", "height", "width", "fps", "steps", "guidance", "fresh", "seed", "scale"):
+    for name in ("frames", "height", "width", "fps", "steps", "guidance", "fresh", "period", "seed", "scale"):
         kind, low, high = LIMITS[name]
         add(f"--{name}", type=kind, help=f"{low} to {high}")
     add("--schedule", choices=SCHEDULES)
@@ -542,7 +556,7 @@ def prepare(args):
     device = choose_device(args.device)
     torch.set_float32_matmul_precision("medium")  # as in training: products may round to bfloat16 where the hardware has it
     model, checkpoint = load_model(args.checkpoint, device, args.backend)
-    settings = {"frames": 16, "height": 64, "width": 64, "fps": 16, "steps": 50, "guidance": 1.0, "fresh": 0.0,
+    settings = {"frames": 16, "height": 64, "width": 64, "fps": 16, "steps": 50, "guidance": 1.0, "fresh": 0.0, "period": 0,
                 "seed": 0, "schedule": "uniform", "shift": 1.0}
     for source in (checkpoint["sampling"], vars(args)):  # the later overrules the earlier
         settings |= {name: source[name] for name in settings if source.get(name) is not None}
@@ -566,7 +580,7 @@ def run(args, model, checkpoint, settings, texts):
     import torch
     began = time.monotonic()
     shape = tuple(settings[name] for name in ("frames", "height", "width"))
-    euler = {name: settings[name] for name in ("steps", "guidance", "schedule", "shift", "fresh")}
+    euler = steps_for(settings)
     ts, snapshots = times(settings["steps"], settings["schedule"], settings["shift"]).tolist(), []
     shown, columns = evenly(settings["steps"], 7), evenly(shape[0], 8)
 

@@ -237,9 +237,12 @@ OWN = 0.75              # and of their clips this share
 DROP = 0.1              # share of captions taken away, for guidance needs a model without caption; and, in those left, share of words
                         # taken away: what "left" means must be learnt without regard to what goes there
 
+PERIOD = 32             # frames after which this world, whole-pixel steps on a torus of 32 pixels, is what it was; and the noise of
+                        # long clips with it, see `sample.white_noise`: or far-off seconds would each choose a place of their own
+
 # What a checkpoint asks of sample.py: these are the defaults that `python sample.py` falls back to.
 SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 48, "guidance": 1.0, "schedule": "shifted", "shift": 4.0,
-            "fresh": 1.0}
+            "fresh": 1.0, "period": PERIOD}
 
 
 def stage_at(step, steps):
@@ -254,7 +257,7 @@ def stage_at(step, steps):
 
 def nearer_to_noise(logit, frames):
     """The logit of a time, given for clips of 16 frames, moved to clips of `frames` frames: see `draw_times`."""
-    return logit - 0.5 * math.log(frames / 16)
+    return logit - 0.5 * math.log(min(frames, PERIOD or frames) / 16)
 
 
 def draw_times(n, frames, generator):
@@ -262,7 +265,8 @@ def draw_times(n, frames, generator):
 
     Flat shapes in big patches stay readable through a lot of noise: one sees *where* a shape is as soon as the
     noise, averaged over all its pixels in all frames, falls below it. All that is hard to learn lies before that
-    moment, and four times the frames halve the noise of the average: the mean of logit t moves by -ln(2) for them.
+    moment, and four times the frames halve the noise of the average: the mean of logit t moves by -ln(2) for them. (But
+    only up to PERIOD frames: to average noise that repeats brings nothing.)
     But a quarter of the times are drawn evenly, or the last steps of the sampler, which draw the edges, are never practised.
     """
     t = torch.sigmoid(nearer_to_noise(-2.0, frames) + 1.2 * torch.randn(n, generator=generator))
@@ -287,12 +291,12 @@ def training_batch(step, steps, seed, objects=1):
     text = sample.encode(captions, VOCABULARY)                                              # (b, n)
     lost = torch.rand(len(text), 1, generator=generator), torch.rand(text.shape, generator=generator)
     text[(lost[0] < DROP) | (lost[1] < DROP)] = 0
-    t, noise = draw_times(len(clips), stage.frames, generator), torch.randn(clips.shape, generator=generator)
+    t, noise = draw_times(len(clips), stage.frames, generator), sample.white_noise(clips.shape, generator, PERIOD)
     settled = torch.sigmoid(torch.tensor(nearer_to_noise(SETTLED, stage.frames)))
     chance, when = torch.rand(2, len(clips), generator=generator)
     own = (t > settled) & (chance < OWN) & (step >= OWN_FROM * steps)
     earlier = torch.where(own, settled + when * (t - settled), 0.0)
-    return clips, text, t, noise, earlier, torch.randn(clips.shape, generator=generator)
+    return clips, text, t, noise, earlier, sample.white_noise(clips.shape, generator, PERIOD)
 
 
 @torch.no_grad()
@@ -334,7 +338,7 @@ def flow_matching_loss(model, clips, text, t, noise, shown=None):
     brightness = (1 + model((1 - at) * noise + at * (clips if shown is None else shown), t, text)) / 2
     if brightness.isnan().any():        # of which the cross-entropy would complain in its own words; see Run.advance
         return brightness.mean()
-    weight = 4 * torch.sigmoid(nearer_to_noise(torch.logit(at), 256 / clips.shape[2]))        # away from the noise again
+    weight = 4 * torch.sigmoid(torch.logit(at) - nearer_to_noise(0.0, clips.shape[2]))
     return (weight * F.binary_cross_entropy(brightness, (1 + clips) / 2, reduction="none")).mean()
 
 

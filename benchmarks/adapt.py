@@ -36,6 +36,7 @@ def child(model, seed, frames, steps, every):
     stage = train_tiny.Stage
     train_tiny.STAGES = (stage(1, 64, 0.05), stage(frames, clips, 0.20), stage(4 * frames, clips // 4, 0.75))
     train_tiny.SHORT_EVERY = 1
+    train_tiny.PERIOD = 0                                       # every frame has noise of its own, as in ablations.py
     losses = []
     for step in tqdm(range(2 * steps + 1), desc=f"{model}, seed {seed}", leave=False, disable=None):
         if step >= steps and (step - steps) % every == 0:

@@ -222,7 +222,7 @@ def test_seeds(checkpoint):
 @pytest.mark.parametrize("change", [
     {"text": TEXT.float()}, {"text": TEXT[0]}, {"text": TEXT[:0]}, {"text": [[1]]}, {"shape": (0, 4, 4)},
     {"shape": (3, 4, 4)}, {"shape": (2, 5, 4)}, {"shape": (2, 4, -4)}, {"shape": (2, 4, 4.0)}, {"steps": 0},
-    {"guidance": float("nan")}, {"guidance": float("inf")}, {"guidance": "3"}, {"seed": -1}, {"seed": 2**32}, {"schedule": "x"}])
+    {"guidance": float("nan")}, {"guidance": float("inf")}, {"guidance": "3"}, {"seed": -1}, {"seed": 2**32}, {"schedule": "x"}, {"period": -1}, {"period": 2.5}])
 def test_sample_refuses(change):
     model = Stub(lambda x, t, text: x, patch=(2, 4, 4))
     with pytest.raises(ValueError):
@@ -260,6 +260,32 @@ def test_fresh_noise_of_a_clip_does_not_depend_on_its_neighbours():
     pair = S.sample(model, TEXT, SHAPE, steps=4, fresh=0.7, seed=5)
     torch.testing.assert_close(S.sample(model, TEXT[1:], SHAPE, steps=4, fresh=0.7, seed=6), pair[1:], rtol=0, atol=0)
     assert not torch.equal(S.sample(model, TEXT[1:], SHAPE, steps=4, fresh=0.7, seed=7), pair[1:])
+
+
+def test_noise_repeats_after_its_period():
+    draw = lambda frames, period: S.white_noise((2, 3, frames, 4, 5), torch.Generator().manual_seed(1), period)
+    for period in (1, 3, 7):                        # also one that does not divide the frames
+        noise = draw(11, period)
+        assert noise.shape == (2, 3, 11, 4, 5)
+        for i in range(11):
+            assert torch.equal(noise[:, :, i], draw(period, 0)[:, :, i % period])
+    assert torch.equal(draw(11, 11), draw(11, 0)) and torch.equal(draw(11, 40), draw(11, 0))    # short clips: as ever
+    own = draw(11, 0)
+    assert not any(torch.equal(own[:, :, i], own[:, :, j]) for i in range(11) for j in range(i))
+
+
+@pytest.mark.parametrize("fresh", [0.0, 1.0])
+def test_the_sampler_draws_noise_with_the_period(fresh):
+    seen = []
+
+    def model(x, t, text):
+        seen.append(x.clone())
+        return 0 * x
+    S.sample(Stub(model, "clean"), TEXT, (8, 4, 4), steps=4, fresh=fresh, period=4)
+    assert all(torch.equal(x[:, :, :4], x[:, :, 4:]) for x in seen) and not torch.equal(seen[0][:, :, 0], seen[0][:, :, 1])
+    seen.clear()
+    S.sample(Stub(model, "clean"), TEXT, (8, 4, 4), steps=4, fresh=fresh)
+    assert not any(torch.equal(x[:, :, :4], x[:, :, 4:]) for x in seen)
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------

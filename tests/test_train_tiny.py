@@ -430,9 +430,23 @@ def test_times_move_to_the_noise_as_clips_grow(monkeypatch):
     share = (toy.draw_times(4000, 16, seeded()) > 0.8).float().mean()
     assert share == pytest.approx(0.05, abs=0.01)     # a quarter of the times may be any, few of the others are late
     monkeypatch.setattr(toy, "ANY_TIME", 0)
-    short, long = (toy.draw_times(4000, frames, seeded()) for frames in (16, 64))
-    logit = lambda t: (t.log() - (1 - t).log()).median().item()
-    assert logit(short) == pytest.approx(-2, abs=0.08) and logit(long) == pytest.approx(-2.693, abs=0.08)
+    logit = lambda frames: torch.logit(toy.draw_times(4000, frames, seeded())).median().item()
+    assert logit(16) == pytest.approx(-2, abs=0.08) and logit(4) == pytest.approx(-1.307, abs=0.08)
+    assert logit(32) == logit(64) == logit(256) == pytest.approx(-2.347, abs=0.08)      # the noise repeats after 32 frames
+    monkeypatch.setattr(toy, "PERIOD", 0)
+    assert logit(64) == pytest.approx(-2.693, abs=0.08)
+
+
+def test_the_noise_of_long_clips_repeats_when_the_world_does(monkeypatch):
+    for frames in (64, 48):
+        monkeypatch.setattr(toy, "STAGES", (toy.Stage(frames, 2, 1.0),))
+        monkeypatch.setattr(toy, "SHORT_EVERY", 1)
+        clips, text, t, noise, earlier, before = toy.training_batch(9, 10, seed=0)
+        for of in (clips, noise, before):       # the clips do so of themselves, and that is why
+            assert of.shape[2] == frames and torch.equal(of[:, :, 32:], of[:, :, : frames - 32])
+            assert not torch.equal(of[:, :, 1], of[:, :, 0])
+        assert not torch.equal(noise, before)
+    assert toy.SAMPLING["period"] == 32
 
 
 def test_loss_is_that_of_the_predicted_clip(small):
@@ -443,7 +457,7 @@ def test_loss_is_that_of_the_predicted_clip(small):
         seen["x"] = x
         return torch.zeros_like(x)
     loss = toy.flow_matching_loss(model, clips, text, t, noise)
-    odds = t.double() / (1 - t.double()) * (clips.shape[2] / 16) ** 0.5      # of a clip of 16 frames that shows as much
+    odds = t.double() / (1 - t.double()) * (min(clips.shape[2], 32) / 16) ** 0.5      # of a clip of 16 frames that shows as much
     weight = 4 * odds / (1 + odds)                                      # (b,)
     assert loss == pytest.approx(math.log(2) * weight.mean().item(), rel=1e-5)     # grey everywhere, whatever the clip
     sure = toy.flow_matching_loss(lambda x, times, words: 0.9 * clips, clips, text, t, noise).item()
@@ -459,7 +473,7 @@ def test_late_in_training_the_model_meets_its_own_predictions_of_earlier_times(s
     own = later = 0
     for step in range(120):
         clips, _, t, noise, earlier, before = toy.training_batch(step, 120, seed=0)
-        settled = 1 / (1 + math.exp(1.7 + 0.5 * math.log(clips.shape[2] / 16)))
+        settled = 1 / (1 + math.exp(1.7 + 0.5 * math.log(min(clips.shape[2], 32) / 16)))
         some = earlier > 0
         assert before.shape == clips.shape and not torch.equal(before, noise) and ((earlier >= settled - 1e-6) & (earlier < t) | ~some).all()
         assert step >= 60 or not some.any()
