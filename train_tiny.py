@@ -414,7 +414,10 @@ class Run:
         steps = self.settings["steps"]
         batch = training_batch(self.step, steps, self.settings["seed"], self.settings["objects"])
         share = len(batch[0][rank::world]) / len(batch[0])              # of several processes, each takes its rows
-        loss = share * self.loss(*(part[rank::world].to(self.device) for part in batch))
+        if share:
+            loss = share * self.loss(*(part[rank::world].to(self.device) for part in batch))
+        else:                                                           # more processes than clips: zeros, which the others' sums await
+            loss = 0 * sum(p.sum() for p in self.model.parameters())
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, steps, self.settings["rate"])
@@ -514,8 +517,8 @@ def begin(args):
         raise FileExistsError(f"{sample.show(out)} exists; go on with it by --resume, or name another file with --out")
     checkpoint = sample.load_checkpoint(out) if args.resume else None
     if world > 1:
-        if world > min(stage.batch for stage in STAGES):
-            raise ValueError(f"{world} processes, but a batch of {min(stage.batch for stage in STAGES)} clips: start no more than that")
+        if world > max(stage.batch for stage in STAGES):
+            raise ValueError(f"{world} processes, but no batch of more than {max(stage.batch for stage in STAGES)} clips: start no more than that")
         cuda = torch.cuda.is_available() and args.device in (None, "cuda")
         device = sample.choose_device(f"cuda:{os.environ.get('LOCAL_RANK', rank)}" if cuda else "cpu")
         if cuda:

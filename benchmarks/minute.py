@@ -2,6 +2,7 @@
 
     python benchmarks/minute.py                                     the shipped checkpoint, 8 captions of each length
     python benchmarks/minute.py --checkpoint runs/tiny.pt --captions 32
+    python benchmarks/minute.py --period 0 --out runs --plot runs/minute.png         noise that never repeats (sample.white_noise)
 
 For each length: the time and the peak memory of `sample.py` making one clip, in a fresh process; then captions of the
 toy's own wording are sampled and judged (benchmarks/judge.py). A second of film is right if all its 16 frames are: every
@@ -25,10 +26,10 @@ from benchmarks import common, judge  # noqa: E402
 CAPTION = "a small red circle moving slowly right"
 
 
-def child(checkpoint, frames):
+def child(checkpoint, frames, period):
     """One clip by sample.py itself, in this process."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [CAPTION, "--frames", str(frames), "--checkpoint", checkpoint, "--out", f"{folder}/clip.gif"]
+        arguments = [CAPTION, "--frames", str(frames), "--period", str(period), "--checkpoint", checkpoint, "--out", f"{folder}/clip.gif"]
         codes = []
         with contextlib.redirect_stdout(sys.stderr):
             taken = common.seconds(lambda: codes.append(sample.main(arguments)))
@@ -50,6 +51,7 @@ def main():
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 272, 1088],
                         help="lengths, in whole seconds of 16 frames (default 16 64 272 1088)")
     parser.add_argument("--captions", type=int, default=8, help="how many to judge at each length (default 8)")
+    parser.add_argument("--period", type=int, help="frames after which the noise repeats, 0: never (default: the checkpoint's)")
     parser.add_argument("--held-out", action="store_true", help="captions whose combination was kept from training")
     parser.add_argument("--seed", type=int, default=0, help="of captions and noise")
     parser.add_argument("--device", help="where the judged clips are sampled: default cuda, else mps, else cpu")
@@ -57,13 +59,15 @@ def main():
     args = common.arguments(parser, child)
     if any(frames % 16 or not 16 <= frames <= 4096 for frames in args.frames) or args.captions < 1:
         parser.error("--frames must be multiples of 16 up to 4096, --captions at least 1")
+    if args.period is not None and not 0 <= args.period <= 4096:
+        parser.error(f"--period is {args.period}; expected 0 to 4096")
     torch.set_float32_matmul_precision("medium")                                    # as in training and in sample.py
     model, checkpoint = sample.load_model(args.checkpoint, sample.choose_device(args.device))
     model.vocabulary = checkpoint["vocabulary"]
+    options = sample.steps_for(checkpoint["sampling"]) | ({} if args.period is None else {"period": args.period})
     table = common.Table(Path(args.out) / "minute.csv")
     for frames in tqdm(args.frames, unit="length", leave=False, disable=None):
-        one = common.in_fresh_process(__file__, checkpoint=args.checkpoint, frames=frames)
-        options = sample.steps_for(checkpoint["sampling"])
+        one = common.in_fresh_process(__file__, checkpoint=args.checkpoint, frames=frames, period=options.get("period", 0))
         records, result = judge.score(model, args.captions, frames, options, held_out_only=args.held_out, seed=args.seed)
         seconds = torch.stack([record["good"].view(-1, 16).all(1) for record in records])       # (captions, seconds)
         table.add(frames=frames, seconds_of_film=frames // 16, seconds_to_make=round(one["seconds"], 1), peak_mib=round(one["mib"]),

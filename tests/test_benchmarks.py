@@ -286,17 +286,18 @@ def test_adapt_moves_to_clips_four_times_as_long(monkeypatch):
 
 def test_minute_counts_seconds_and_films(monkeypatch, tmp_path):
     def score(model, n, frames, options, held_out_only, seed):
+        assert options["period"] == 8 and options["steps"] == train_tiny.SAMPLING["steps"]
         good = torch.ones(n, frames, dtype=torch.bool)
         good[0, 17] = False                                             # one frame of one film, in its second second
         return [dict(good=row) for row in good], dict(joint=(n - 1) / n, low=0.3, high=0.9)
     monkeypatch.setattr(judge, "score", score)
-    monkeypatch.setattr(common, "in_fresh_process", lambda script, checkpoint, frames: dict(seconds=1.23, mib=99.9))
-    call(monkeypatch, minute, "--frames", 32, 64, "--captions", 2, "--device", "cpu", "--out", tmp_path, "--plot", tmp_path / "plot.png")
+    monkeypatch.setattr(common, "in_fresh_process", lambda script, checkpoint, frames, period: dict(seconds=1.23, mib=99.9 + 0 * period))
+    call(monkeypatch, minute, "--frames", 32, 64, "--captions", 2, "--period", 8, "--device", "cpu", "--out", tmp_path, "--plot", tmp_path / "plot.png")
     rows = common.Table(tmp_path / "minute.csv", resume=True).rows
     assert [(row["seconds_right"], row["all_right"]) for row in rows] == [("75.0 %", "50.0 %"), ("87.5 %", "50.0 %")]
     assert [row["right"] for row in common.Table(tmp_path / "minute_by_second.csv", resume=True).rows] == ["1.0", "0.5", "1.0", "1.0"]
 
 
 def test_minute_makes_a_clip_by_sample_py():
-    one = common.in_fresh_process(minute.__file__, checkpoint=str(ROOT / "assets" / "tiny.pt"), frames=4)
+    one = common.in_fresh_process(minute.__file__, checkpoint=str(ROOT / "assets" / "tiny.pt"), frames=4, period=2)
     assert one["seconds"] > 0 and one["mib"] > 100

@@ -377,7 +377,7 @@ def test_summary_counts_only_what_was_named():
 SMALL = (toy.Stage(1, 4, 0.2), toy.Stage(4, 2, 0.3), toy.Stage(8, 2, 0.5))
 # The command line with small stages, in a process of its own that can be killed.
 COMMAND = ("import sys, torch, train_tiny as t; torch.set_num_threads(1); t.STAGES = (t.Stage(1, 4, 0.2), t.Stage(4, 2, 0.3), "
-           "t.Stage(8, 2, 0.5)); sys.exit(t.main(sys.argv[1:]))")
+           "t.Stage(8, 2, 0.3), t.Stage(8, 1, 0.2)); sys.exit(t.main(sys.argv[1:]))")
 
 
 def command(*args, **kwargs):
@@ -603,7 +603,19 @@ def test_two_processes_follow_the_curve_of_one(tmp_path):
                                                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in (0, 1)]
     assert [row.wait(timeout=300) for row in rows] == [0, 0], rows[0].stderr.read()
     curve = lambda path: [loss for _, loss in torch.load(path, weights_only=True)["training"]["losses"]]
-    assert curve(two) == pytest.approx(curve(one), rel=1e-3)
+    assert curve(two) == pytest.approx(curve(one), rel=1e-3)        # the last step has one clip: the second process waits
+
+
+def test_more_processes_than_clips_are_refused_and_those_of_the_recipe_are_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "65")
+    assert toy.main(["--steps", "1", "--out", str(tmp_path / "run.pt")]) == 2
+    assert "65 processes, but no batch of more than 64 clips" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    run = toy.Run(lingen.preset("tiny", vocab_size=len(toy.VOCABULARY)), dict(steps=100, seed=0, objects=1, rate=2e-3), torch.device("cpu"))
+    run.step, gathered = 98, []             # 256 frames, one clip
+    monkeypatch.setattr(toy.distributed, "all_reduce", gathered.append)
+    run.advance(rank=1, world=2)
+    assert run.losses == [(256, 0.0)] and gathered[0].abs().max() == 0
+    assert len(gathered[0]) == 1 + sum(p.numel() for p in run.model.parameters())
 
 
 def test_a_bad_gradient_never_reaches_the_weights(small):
