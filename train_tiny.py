@@ -241,7 +241,7 @@ PERIOD = 32             # frames after which this world, whole-pixel steps on a 
                         # long clips with it, see `sample.white_noise`: or far-off seconds would each choose a place of their own
 
 # What a checkpoint asks of sample.py: these are the defaults that `python sample.py` falls back to.
-SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 48, "guidance": 1.0, "schedule": "shifted", "shift": 4.0,
+SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 48, "guidance": 1.0, "schedule": "shifted", "shift": 8.0,
             "fresh": 1.0, "period": PERIOD}
 
 
