@@ -265,8 +265,8 @@ def draw_times(n, frames, generator):
 
     Flat shapes in big patches stay readable through a lot of noise: one sees *where* a shape is as soon as the
     noise, averaged over all its pixels in all frames, falls below it. All that is hard to learn lies before that
-    moment, and four times the frames halve the noise of the average: the mean of logit t moves by -ln(2) for them. (But
-    only up to PERIOD frames: to average noise that repeats brings nothing.)
+    moment, and four times the frames halve the noise of the average: the mean of logit t moves by -ln(2) for them, up
+    to PERIOD frames, after which the noise repeats and there is no more to average.
     But a quarter of the times are drawn evenly, or the last steps of the sampler, which draw the edges, are never practised.
     """
     t = torch.sigmoid(nearer_to_noise(-2.0, frames) + 1.2 * torch.randn(n, generator=generator))

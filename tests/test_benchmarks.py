@@ -291,9 +291,10 @@ def test_minute_counts_seconds_and_films(monkeypatch, tmp_path):
         good[0, 17] = False                                             # one frame of one film, in its second second
         return [dict(good=row) for row in good], dict(joint=(n - 1) / n, low=0.3, high=0.9)
     monkeypatch.setattr(judge, "score", score)
-    monkeypatch.setattr(common, "in_fresh_process", lambda script, checkpoint, frames, period: dict(seconds=1.23, mib=99.9 + 0 * period))
+    monkeypatch.setattr(common, "in_fresh_process", lambda script, checkpoint, frames, period: dict(seconds=1.23, mib=float(period)))
     call(monkeypatch, minute, "--frames", 32, 64, "--captions", 2, "--period", 8, "--device", "cpu", "--out", tmp_path, "--plot", tmp_path / "plot.png")
     rows = common.Table(tmp_path / "minute.csv", resume=True).rows
+    assert [row["peak_mib"] for row in rows] == ["8", "8"]              # the clip that is timed has the same noise
     assert [(row["seconds_right"], row["all_right"]) for row in rows] == [("75.0 %", "50.0 %"), ("87.5 %", "50.0 %")]
     assert [row["right"] for row in common.Table(tmp_path / "minute_by_second.csv", resume=True).rows] == ["1.0", "0.5", "1.0", "1.0"]
 
