@@ -65,6 +65,7 @@ class LinGenConfig:
     pool: tuple = (2, 4, 4)             # tokens under one review token
     window: tuple = (4, 4, 4)           # tokens of one TESA window
     torus: bool = False                 # rows and columns go around, as in the toy world: so do TESA's positions, where a window covers the axis
+    travel: bool = False                # TESA's positions are waves that move: a query can ask for all that moves as it does
     # Mamba2
     d_state: int = 32
     headdim: int = 32
@@ -91,7 +92,7 @@ PRESETS = {
     # what is true of one moment and one place of the toy world, a torus, is true of all, and a clip may then be as long
     # as one likes. The window holds a whole clip of 16 frames: only in longer ones do windows and shifts appear. Full
     # attention knows no neighbours: with mixer="attention" give it tables, as grid=(16, 8, 8).
-    "tiny": dict(grid=(0, 0, 0), window=(4, 8, 8), torus=True, predicts="pixels"),
+    "tiny": dict(grid=(0, 0, 0), window=(4, 8, 8), torus=True, travel=True, predicts="pixels"),
     # For one consumer GPU.
     "small": dict(channels=16, patch=(1, 2, 2), grid=(34, 16, 16), d_model=768, depth=16, nheads=12, d_state=64, headdim=64,
                   expand=2.0, text_dim=1024, text_length=256, window=(8, 4, 4), pool=(4, 4, 4), predicts="velocity", chunk_size=64),
@@ -145,7 +146,7 @@ class MATE(nn.Module):
             self.ma = BidirectionalMamba2(config.d_model, config.d_state, config.d_conv, config.expand, config.headdim,
                                           config.ngroups, chunk_size=config.chunk_size, backend=config.backend)
         if config.tesa:
-            self.tesa = TemporalSwinAttention(config.d_model, config.nheads, config.window, config.shift(layer), config.torus)
+            self.tesa = TemporalSwinAttention(config.d_model, config.nheads, config.window, config.shift(layer), config.torus, config.travel)
 
     def forward(self, grid):
         out = 0 if self.tesa is None else self.tesa(grid)
@@ -351,7 +352,7 @@ def check_config(c):
     for name in ("mlp_ratio", "expand"):
         if type(getattr(c, name)) not in (int, float) or not 0 < getattr(c, name) <= 1000:
             raise ValueError(f"{name} must be a number above 0, 1000 at most, got {getattr(c, name)!r:.60}")
-    for name in ("ma", "tesa", "review", "torus"):
+    for name in ("ma", "tesa", "review", "torus", "travel"):
         if type(getattr(c, name)) is not bool:
             raise ValueError(f"{name} must be True or False, got {getattr(c, name)!r:.60}")
     choices = {"predicts": ("clean", "pixels", "velocity"), "mixer": ("mate", "attention"), "scan": ("rotary", "zigzag", *SCANS),

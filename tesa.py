@@ -100,22 +100,34 @@ def window_mask(shape, window, shift, device):
 
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def rotation(window, e, dtype, device, around=(False, False, False)):
+def rotation(window, e, dtype, device, around=(False, False, False), travel=False):
     """Cosines and sines (m, e) that turn queries and keys by their place in the window: rotary positions.
 
     The e/2 pairs of features (i, i + e/2) take the axes t, h, w in turn, each with wavelengths from about 2
     to 14 tokens. A score then depends on places through their differences alone. An axis that goes around, its last
     token next to its first, has waves that go around in whole turns instead: lengths size/1, size/2, ... to about 2, and
     then these again.
+
+    travel: one pair in eight is left to t alone, the others are waves along h or w that move while t goes by, by 0, 1,
+    -1, 2 or -2 tokens a step. A wave that moves along with a shape stands still for it: all the shape's places have
+    one angle, and a query finds them all at once. Waves along t, h and w apart cannot say this: by them a query asks
+    for "one step later, and one to the left", but no step and place of which one depends on the other.
     """
     place = torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in window)).view(-1, 3).double()  # (m, 3)
-    pairs, angles = e // 2, torch.zeros(len(place), e, dtype=torch.float64, device="cpu")  # an odd feature left over keeps angle 0
+    axes = [(0 if pair % 8 == 7 else 1 + (pair - pair // 8) % 2) if travel else pair % 3 for pair in range(e // 2)]
+    turn = torch.zeros(3, e, dtype=torch.float64, device="cpu")  # by one step along t, h, w; an odd feature left over keeps 0
     for axis in range(3):
-        own = torch.arange(axis, pairs, 3, device="cpu")
-        waves = math.pi * 2 ** (-3 * (own // 3 + 0.5).double() / max(1, len(own)))
-        if around[axis]:
-            waves = 2 * math.pi / window[axis] * (1 + torch.arange(len(own), device="cpu") % max(1, window[axis] // 2)).double()
-        angles[:, own] = angles[:, own + pairs] = place[:, axis, None] * waves
+        own = [pair for pair in range(e // 2) if axes[pair] == axis]
+        speeds = (0, 1, -1, 2, -2) if travel and axis > 0 else (0,)  # tokens a step
+        for i, pair in enumerate(own):
+            number = i // len(speeds)  # all the speeds of one wave, then those of the next
+            wave = math.pi * 2 ** (-3 * (number + 0.5) / math.ceil(len(own) / len(speeds)))
+            if around[axis]:
+                wave = 2 * math.pi / window[axis] * (1 + number % max(1, window[axis] // 2))
+            turn[axis, pair] = wave
+            turn[0, pair] -= speeds[i % len(speeds)] * wave
+    turn[:, e // 2 : 2 * (e // 2)] = turn[:, : e // 2]
+    angles = (place[:, :, None] * turn).sum(1)  # (m, e); no matrix product, which counters of operations would count
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
@@ -129,21 +141,26 @@ class TemporalSwinAttention(nn.Module):
     window    (t, h, w) in tokens. choice: the paper says only "small"; callers choose
     shift     (t, h, w), 0 <= shift < window: (0, 0, 0) in even layers, half a window in odd ones
     torus     rows and columns go around (train_tiny.py's world does): heeded along an axis that the window covers whole
+    travel    positions by waves that move, see `rotation`; the shapes of the weights are the same
     Along an axis that the window covers whole, it is cut to the axis and the shift is dropped.
     ValueError for sizes that do not fit, in the constructor and in forward.
 
     choice: rotary positions inside the window, where Swin has a table of biases. A bias prefers an offset once and
     for all; a turned query asks for "the token one to the left of me, one moment ago" if its caption says
     "moving right", and for another if it says "up". On the toy of train_tiny.py this makes motion learnable soon.
+
+    choice: the keys' biases begin at 1. A score is a product, and where query and key both begin near 0, neither has a
+    reason to grow; next to a key that stands there from the first step, the query alone can learn where to look.
     """
 
-    def __init__(self, d_model, nheads, window=(4, 4, 4), shift=(0, 0, 0), torus=False):
+    def __init__(self, d_model, nheads, window=(4, 4, 4), shift=(0, 0, 0), torus=False, travel=False):
         super().__init__()
         if nheads < 1 or d_model < 1 or d_model % nheads:
             raise ValueError(f"d_model={d_model} cannot be split among nheads={nheads}; choose a multiple of nheads")
         _check(window, shift)
-        self.nheads, self.window, self.shift, self.torus = nheads, tuple(window), tuple(shift), torus
+        self.nheads, self.window, self.shift, self.torus, self.travel = nheads, tuple(window), tuple(shift), torus, travel
         self.qkv = nn.Linear(d_model, 3 * d_model)
+        nn.init.ones_(self.qkv.bias[d_model : 2 * d_model])
         self.proj = nn.Linear(d_model, d_model)
 
     def forward(self, grid):
@@ -162,7 +179,7 @@ class TemporalSwinAttention(nn.Module):
         k = parts.shape[1]
         qkv = rearrange(self.qkv(parts), "b k m (three n e) -> three (b k) n m e", three=3, n=self.nheads)
         around = tuple(self.torus and axis > 0 and window[axis] == shape[axis] for axis in range(3))
-        cos, sin = rotation(window, qkv.shape[-1], qkv.dtype, grid.device, around)  # (m, e)
+        cos, sin = rotation(window, qkv.shape[-1], qkv.dtype, grid.device, around, self.travel)  # (m, e)
         (q, key), v = qkv[:2] * cos + quarter_turn(qkv[:2]) * sin, qkv[2]  # (b*k, n, m, e)
 
         mask = window_mask(shape, window, shift, grid.device)  # (k, m, m)

@@ -77,8 +77,8 @@ def test_layers_turn_the_scan_and_shift_the_windows():
     model = LinGen(config)
     assert [block.mixer.order for block in model.blocks] == list(lingen.SCANS)
     assert [block.mixer.tesa.shift for block in model.blocks] == [(0, 0, 0), (1, 1, 1)] * 2
-    for torus in (False, True):
-        assert all(block.mixer.tesa.torus is torus for block in LinGen(LinGenConfig(**SMALL, torus=torus)).blocks)
+    for torus, travel in ((False, True), (True, False)):
+        assert all((block.mixer.tesa.torus, block.mixer.tesa.travel) == (torus, travel) for block in LinGen(LinGenConfig(**SMALL, torus=torus, travel=travel)).blocks)
 
 
 @pytest.mark.parametrize("change", VARIANTS)

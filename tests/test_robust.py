@@ -712,7 +712,7 @@ def functions():
                          "d_conv": (0, "4"), "chunk_size": (0, 1.0), "channels": (0, -3, 10**9), "text_length": (0, 10**10), "vocab_size": (-1, 1.5, "x", None, True, 10**12), "text_dim": (5, -5, "x"),
                          "mlp_ratio": (0, -1, NAN, INF, "4", None, 1e9), "expand": (0, -1, NAN, INF, "1", 0.3, 1e9), "patch": (4, (4, 4), (0, 4, 4), (4, 4, 4.0), "444", None, (10**7, 1, 1)),
                          "grid": ((-1, 0, 0), 3, (10**9, 0, 0)), "pool": ((0, 1, 1), (1,)), "window": ((0, 1, 1), None), "mixer": ("blender", None, []), "scan": ("spiral", 3, {}), "backend": ("jax", 1),
-                         "predicts": ("noise", None), "ma": ("no", 1, None), "tesa": ("no", 0.5), "review": ("no", []), "torus": (1, None)}.items():
+                         "predicts": ("noise", None), "ma": ("no", 1, None), "tesa": ("no", 0.5), "review": ("no", []), "torus": (1, None), "travel": (0, None)}.items():
         for value in values:
             yield f"LinGenConfig {name}={value!r}", lambda name=name, value=value: lingen.preset("tiny", **{"vocab_size": 9, name: value})
     yield "no branch", lambda: lingen.preset("tiny", vocab_size=9, ma=False, tesa=False)

@@ -1,6 +1,7 @@
 """tesa.py against brute force: one dense softmax over the whole grid, masked by windows counted by hand."""
 
 import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -132,13 +133,46 @@ def test_on_a_torus_who_moves_the_grid_around_moves_the_output():
     for window, torus, rolls in (((2, 4, 6), True, (True, True)), ((2, 9, 8), True, (True, True)), ((2, 4, 3), True, (True, False)),
                                  ((2, 4, 6), False, (False, False))):
         torch.manual_seed(0)
-        layer = TemporalSwinAttention(12, 2, window, (1, 0, 0), torus).double()
-        for axis, by, holds in ((2, 1, rolls[0]), (2, -2, rolls[0]), (3, 1, rolls[1]), (3, 4, rolls[1]), (1, 1, False)):
-            moved = layer(grid.roll(by, axis))
-            assert torch.allclose(moved, layer(grid).roll(by, axis)) == holds, (window, torus, axis, by)
+        for travel in (False, True):
+            layer = TemporalSwinAttention(12, 2, window, (1, 0, 0), torus, travel).double()
+            for axis, by, holds in ((2, 1, rolls[0]), (2, -2, rolls[0]), (3, 1, rolls[1]), (3, 4, rolls[1]), (1, 1, False)):
+                moved = layer(grid.roll(by, axis))
+                assert torch.allclose(moved, layer(grid).roll(by, axis)) == holds, (window, torus, travel, axis, by)
     # Every offset around the torus has an angle of its own, or a query could not tell where to look.
     cos, sin = tesa.rotation((1, 8, 1), 32, torch.float64, torch.device("cpu"), (False, True, False))
     assert (torch.cdist(torch.cat([cos, sin], 1), torch.cat([cos, sin], 1)) + 9 * torch.eye(8)).min() > 1
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("size, e", [((4, 8, 8), 32), ((3, 7, 5), 33), ((5, 1, 6), 2), ((1, 4, 4), 128)])
+def test_travelling_waves_stand_still_for_what_moves_with_them(size, e, around):
+    cpu, whole = torch.device("cpu"), (False, around, around)
+    cos, sin = tesa.rotation(size, e, torch.float64, cpu, whole, True)
+    still, _ = tesa.rotation(size, e, torch.float64, cpu, whole)
+    assert cos.shape == sin.shape == (math.prod(size), e) and (e < 16 or not torch.equal(cos, still))
+    wave = torch.complex(cos, sin).view(*size, e)[..., : e // 2]  # (t, h, w, e/2)
+    seen = set()
+    for pair in range(e // 2):
+        at = wave[..., pair]
+        if pair % 8 == 7:  # t alone
+            assert torch.allclose(at, at[:, :1, :1].expand_as(at))
+            continue
+        axis = 1 + (pair - pair // 8) % 2
+        speed = (0, 1, -1, 2, -2)[(pair - pair // 8) // 2 % 5]
+        path = {}
+        for token in itertools.product(*map(range, size)):  # where it was in frame 0: all tokens of one path have one angle
+            path.setdefault(token[axis] - speed * token[0], []).append(at[token])
+        assert all(torch.allclose(torch.stack(angles), angles[0]) for angles in path.values()), (pair, speed)
+        if around:  # one more step along the axis is the first again
+            first, last = at.select(axis, 0), at.select(axis, size[axis] - 1)
+            assert torch.allclose(first / last, at.select(axis, 1 % size[axis]) / first)
+        seen.add((axis, speed))
+    assert len(seen) == min(10, e // 2 - (e // 2) // 8)
+
+
+def test_keys_begin_with_a_constant():
+    bias = TemporalSwinAttention(12, 3).qkv.bias.view(3, 12)
+    assert (bias[1] == 1).all() and (bias[[0, 2]].abs() < 1).all()
 
 
 def test_cost_is_linear_in_the_frames():
