@@ -340,17 +340,42 @@ def flow_matching_loss(model, clips, text, t, noise, shown=None):
     return (weight * F.binary_cross_entropy(brightness, (1 + clips) / 2, reduction="none")).mean()
 
 
-def make_optimizers(model, rate):
-    """Muon for the matrices inside the blocks, AdamW for everything else (embeddings, biases, norms, modulation).
+class Muon(torch.optim.Muon):
+    """torch's Muon, which makes a matrix's step orthogonal: the directions that the gradients seldom show learn as fast as the others.
 
-    Muon makes a matrix's step orthogonal: the directions that the gradients seldom show learn as fast as the others.
+    torch does so in bfloat16 and one matrix after the other: on a CPU without units for bfloat16 that alone took longer than
+    all the rest of a step. Here it is float32, and all matrices of one shape at once: the same formula, 20 times as fast.
     """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            keep, (a, b, c) = group["momentum"], group["ns_coefficients"]
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), same in shapes.items():
+                for p in same:
+                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 1 - keep)
+                x = torch.stack([p.grad.lerp(self.state[p]["momentum_buffer"], keep) for p in same])     # Nesterov's look ahead
+                x = x.mT if rows > columns else x                       # (n, small, large)
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+                for _ in range(group["ns_steps"]):                      # Newton-Schulz: drives every singular value towards 1
+                    gram = x @ x.mT                                     # (n, small, small)
+                    x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+                x = x.mT if rows > columns else x
+                for p, direction in zip(same, x):                       # as long as a step of AdamW would be
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=0.2 * max(rows, columns) ** 0.5 * group["lr"])
+
+
+def make_optimizers(model, rate):
+    """Muon for the matrices inside the blocks, AdamW for everything else (embeddings, biases, norms, modulation)."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
         inside = name.startswith("blocks") and p.dim() == 2 and "modulation" not in name
         (matrices if inside else rest).append(p)
-    return [torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+    return [Muon(matrices, lr=rate, weight_decay=0.01), torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def learning_rate(step, steps, rate):

@@ -512,6 +512,22 @@ def test_every_parameter_has_one_optimizer_and_the_average_follows(small):
         torch.testing.assert_close(average, before[name] + 0.9 * (moved[name] - before[name]))
 
 
+def test_muon_takes_the_steps_of_torchs_own():
+    torch.manual_seed(0)
+    starts = [torch.randn(shape) for shape in ((24, 8), (8, 24), (24, 8), (16, 16), (5, 5))]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in starts] for _ in range(2))
+    optimizers = [toy.Muon(ours, lr=0.1, weight_decay=0.2), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(3):
+        for a, b in zip(ours[:-1], theirs[:-1]):
+            a.grad = torch.randn(a.shape) * torch.linspace(0.1, 3, a.shape[1])
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, start in zip(ours, theirs, starts):
+        assert (a - b).norm() <= 0.01 * (b - start).norm()                 # bfloat16, in which torch does it, has 8 bits
+    assert torch.equal(ours[-1], starts[-1])                               # no gradient, no step
+
+
 def test_learning_rate_warms_up_stays_and_falls_to_zero():
     rates = [toy.learning_rate(step, 1000, 1.0) for step in (0, 49, 300, 599, 800, 999)]
     assert rates == pytest.approx([0.02, 1, 1, 1, 0.5, 0.0025])
