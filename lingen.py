@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from mamba2_ref import BidirectionalMamba2
+from mamba2_ref import BidirectionalMamba2, Mamba2
 from scan import SCANS, to_grid, to_sequence
 from tesa import TemporalSwinAttention, attend
 
@@ -50,6 +50,7 @@ class LinGenConfig:
     vocab_size: int = 0                 # captions are word numbers 1 ... vocab_size; 0: they are embeddings instead
     text_dim: int = 0                   # width of those embeddings
     text_length: int = 64               # words at most
+    reader: str = "attention"           # what reads word numbers: one layer of a transformer, or "mamba2", the scan in one direction
     predicts: str = "clean"             # the clip behind the noise ("clean"; "pixels" if bounded), or "velocity" = data - noise
     # The transformer
     d_model: int = 128
@@ -92,7 +93,7 @@ PRESETS = {
     # what is true of one moment and one place of the toy world, a torus, is true of all, and a clip may then be as long
     # as one likes. The window holds a whole clip of 16 frames: only in longer ones do windows and shifts appear. Full
     # attention knows no neighbours: with mixer="attention" give it tables, as grid=(16, 8, 8).
-    "tiny": dict(grid=(0, 0, 0), window=(4, 8, 8), torus=True, travel=True, predicts="pixels"),
+    "tiny": dict(grid=(0, 0, 0), window=(4, 8, 8), torus=True, travel=True, predicts="pixels", reader="mamba2"),
     # For one consumer GPU.
     "small": dict(channels=16, patch=(1, 2, 2), grid=(34, 16, 16), d_model=768, depth=16, nheads=12, d_state=64, headdim=64,
                   expand=2.0, text_dim=1024, text_length=256, window=(8, 4, 4), pool=(4, 4, 4), predicts="velocity", chunk_size=64),
@@ -244,11 +245,17 @@ class LinGen(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
         self.nothing = nn.Parameter(0.02 * torch.randn(d))      # stands before every caption, and alone for an empty one
         if config.vocab_size:
-            # Choice: the toy's captions are read by one transformer layer of our own, which learns which colour goes
-            # with which shape. A large model takes the embeddings of a frozen text encoder instead.
+            # Choice: the toy's captions are read by one layer of our own; a large model takes the embeddings of a frozen text
+            # encoder instead. Which colour goes with which motion is a matter of nearness: Mamba2, whose state fades from
+            # word to word, learns it within a few hundred captions where attention, for which all words are equally near,
+            # after thousands still gives the motion of the one object to the other.
             self.words = nn.Embedding(config.vocab_size + 1, d, padding_idx=0)
-            self.word_positions = nn.Parameter(0.02 * torch.randn(config.text_length, d))
-            self.reader = nn.TransformerEncoderLayer(d, config.nheads, 2 * d, dropout=0.0, batch_first=True, norm_first=True)
+            if config.reader == "mamba2":
+                self.reader = Mamba2(d, config.d_state, config.d_conv, config.expand, config.headdim, config.ngroups,
+                                     chunk_size=config.chunk_size, backend=config.backend)
+            else:
+                self.word_positions = nn.Parameter(0.02 * torch.randn(config.text_length, d))
+                self.reader = nn.TransformerEncoderLayer(d, config.nheads, 2 * d, dropout=0.0, batch_first=True, norm_first=True)
         else:
             self.words = nn.Linear(config.text_dim, d)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
@@ -292,14 +299,16 @@ class LinGen(nn.Module):
 
     def read(self, text):
         """Caption -> its words (b, 1 + n, d), the learnt "nothing" first, and the mask (b, 1 + n) of those that stand."""
-        words = self.words(text)                                # (b, n, d)
-        mask = text.new_ones(text.shape[:2], dtype=torch.bool)
-        if self.config.vocab_size:
-            mask, words = text > 0, words + self.word_positions[: text.shape[1]]
+        words, reader = self.words(text), self.config.vocab_size and self.config.reader                     # (b, n, d)
+        mask = text > 0 if reader else text.new_ones(text.shape[:2], dtype=torch.bool)
+        if reader == "attention":
+            words = words + self.word_positions[: text.shape[1]]
         words = torch.cat([self.nothing.expand(len(text), 1, -1), words], 1)
         mask = F.pad(mask, (1, 0), value=True)
-        if self.config.vocab_size:
+        if reader == "attention":
             words = self.reader(words, src_key_padding_mask=torch.zeros_like(mask, dtype=words.dtype).masked_fill(~mask, -math.inf))
+        elif reader == "mamba2":                                # from the left: the zeros behind a short caption change nothing before them
+            words = words + self.reader(F.layer_norm(words, words.shape[-1:]))
         return words, mask
 
 
@@ -356,6 +365,7 @@ def check_config(c):
         if type(getattr(c, name)) is not bool:
             raise ValueError(f"{name} must be True or False, got {getattr(c, name)!r:.60}")
     choices = {"predicts": ("clean", "pixels", "velocity"), "mixer": ("mate", "attention"), "scan": ("rotary", "zigzag", *SCANS),
+               "reader": ("attention", "mamba2"),
                "backend": ("auto", "torch", "mamba_ssm")}
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
