@@ -253,6 +253,7 @@ class LinGen(nn.Module):
             if config.reader == "mamba2":
                 self.reader = Mamba2(d, config.d_state, config.d_conv, config.expand, config.headdim, config.ngroups,
                                      chunk_size=config.chunk_size, backend=config.backend)
+                self.reader_mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU("tanh"), nn.Linear(2 * d, d))
             else:
                 self.word_positions = nn.Parameter(0.02 * torch.randn(config.text_length, d))
                 self.reader = nn.TransformerEncoderLayer(d, config.nheads, 2 * d, dropout=0.0, batch_first=True, norm_first=True)
@@ -309,6 +310,7 @@ class LinGen(nn.Module):
             words = self.reader(words, src_key_padding_mask=torch.zeros_like(mask, dtype=words.dtype).masked_fill(~mask, -math.inf))
         elif reader == "mamba2":                                # from the left: the zeros behind a short caption change nothing before them
             words = words + self.reader(F.layer_norm(words, words.shape[-1:]))
+            words = words + self.reader_mlp(F.layer_norm(words, words.shape[-1:]))
         return words, mask
 
 
