@@ -189,13 +189,23 @@ def interfere(monkeypatch, at, do):
     monkeypatch.setattr(toy.Run, "advance", meddled)
 
 
+@contextlib.contextmanager
+def begun_with(number, handler):
+    """As a process begins that was started so: these tests themselves may have been started by nohup, or not."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.skipif(not UNIX, reason="Windows has other signals")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_asked_to_stop_it_finishes_the_step_and_saves(small, monkeypatch, capsys, name):
     number = getattr(signal, name)
     whole = small.with_name("whole.pt")
     assert train(whole) == 0
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, begun_with(number, signal.SIG_DFL):
         interfere(patch, 2, lambda run: os.kill(os.getpid(), number))
         assert train(small) == 128 + number
     said = capsys.readouterr().err
@@ -213,12 +223,9 @@ def test_asked_twice_it_stops_at_once(small, monkeypatch, capsys):
 def test_nohup_keeps_its_promise(small, monkeypatch):
     if not UNIX:
         pytest.skip("Windows has no SIGHUP")
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        interfere(monkeypatch, 2, lambda run: os.kill(os.getpid(), signal.SIGHUP))
+    interfere(monkeypatch, 2, lambda run: os.kill(os.getpid(), signal.SIGHUP))
+    with begun_with(signal.SIGHUP, signal.SIG_IGN):
         assert train(small) == 0
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_closed_terminal_stops_no_training(small, monkeypatch):
