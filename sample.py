@@ -182,6 +182,8 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     s' after it, the clips stay distributed as the data (that much is the step of DDPM, Ho et al. 2020); 1 draws them
     to what is likeliest.
     period: frames after which the noise repeats, see `white_noise`; 0: never.
+    A model of a torus (config.torus) is asked from another place at every step: a clip that is rolled around is as good
+    a clip, but the borders of patches and of the scan, where mistakes are made, fall elsewhere, and those do not add up.
     Raises ValueError for wrong arguments, FloatingPointError if the result holds NaN or infinity.
     """
     import torch
@@ -202,6 +204,14 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     def noise():
         return torch.stack([white_noise((model.config.channels, *shape), g, period) for g in generators]).to(device)
 
+    # Where each step stands on the torus: the same for all clips, whatever their seeds.
+    places = torch.randint(shape[1] * shape[2], (steps, 2), generator=torch.Generator().manual_seed(0))      # (steps, 2)
+    places = places.tolist() if getattr(model.config, "torus", False) else [(0, 0)] * steps
+
+    def ask(x, t, text, place):
+        out = model(x.roll(place, (3, 4)), torch.full((len(x),), t, device=device), text)
+        return out.roll([-moved for moved in place], (3, 4))                         # (b, c, t, h, w)
+
     x = noise()                                                                      # (b, c, t, h, w)
     text = text.to(device)                                                           # (b, n)
     if guidance != 1:  # an all-zero row is the empty caption
@@ -211,12 +221,12 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
         for step in tqdm(range(steps), disable=not progress, file=sys.stderr, unit="step", leave=False):
             t, later = ts[step], ts[step + 1]
             if guidance == 1:
-                out = model(x, torch.full((b,), t, device=device), text)
+                out = ask(x, t, text, places[step])
             else:
                 # Classifier-free guidance: what the caption adds to the prediction, exaggerated. Both predictions
                 # come from one doubled batch. Velocity and clean clip are affine in each other at fixed
                 # (x_t, t), so guiding the one guides the other; whichever the model predicts will do.
-                out = model(torch.cat([x, x]), torch.full((2 * b,), t, device=device), text)  # (2b, c, t, h, w)
+                out = ask(torch.cat([x, x]), t, text, places[step])                  # (2b, c, t, h, w)
                 with_caption, without = out.chunk(2)
                 out = without + guidance * (with_caption - without)                  # (b, c, t, h, w)
             x1 = x + (1 - t) * out if model.config.predicts == "velocity" else out

@@ -288,6 +288,27 @@ def test_the_sampler_draws_noise_with_the_period(fresh):
     assert not any(torch.equal(x[:, :, :4], x[:, :, 4:]) for x in seen)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_on_a_torus_each_step_asks_from_another_place(guidance):
+    """What is said of each pixel by itself comes back to it: the same clip. But where it was asked was rolled."""
+    seen, calls = {}, {}
+    for torus in (False, True):
+        seen[torus], calls[torus] = [], []
+
+        def model(x, t, text):
+            seen[torus].append(x.clone())
+            return 0.5 * x + 0.01 * text.sum(1).view(-1, 1, 1, 1, 1)
+        stub = Stub(model)
+        stub.config.torus = torus
+        clip = S.sample(stub, TEXT, (2, 4, 6), steps=12, guidance=guidance, fresh=0.5, callback=lambda step, x1: calls[torus].append(x1))
+        seen[torus].append(clip)
+    assert torch.equal(seen[True].pop(), seen[False].pop()) and all(torch.equal(a, b) for a, b in zip(calls[True], calls[False]))
+    found = []
+    for rolled, plain in zip(seen[True], seen[False]):
+        found += [(y, x) for y in range(4) for x in range(6) if torch.equal(rolled, plain.roll((y, x), (3, 4)))]     # the whole batch alike
+    assert len(found) == 12 and len({y for y, _ in found}) > 2 and len({x for _, x in found}) > 3
+
+
 # ---- checkpoints ------------------------------------------------------------------------------------------
 
 def test_load(checkpoint):
