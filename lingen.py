@@ -247,15 +247,14 @@ class LinGen(nn.Module):
         if config.vocab_size:
             # Choice: the toy's captions are read by one layer of our own; a large model takes the embeddings of a frozen text
             # encoder instead. Which colour goes with which motion is a matter of nearness: Mamba2, whose state fades from
-            # word to word, learns it within a few hundred captions where attention, for which all words are equally near,
-            # after thousands still gives the motion of the one object to the other.
+            # word to word, sees it without a table of places, as soon as attention with one (benchmarks/reading.py).
             self.words = nn.Embedding(config.vocab_size + 1, d, padding_idx=0)
             if config.reader == "mamba2":
                 self.reader = Mamba2(d, config.d_state, config.d_conv, config.expand, config.headdim, config.ngroups,
                                      chunk_size=config.chunk_size, backend=config.backend)
                 self.reader_mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU("tanh"), nn.Linear(2 * d, d))
             else:
-                self.word_positions = nn.Parameter(0.02 * torch.randn(config.text_length, d))
+                self.word_positions = nn.Parameter(torch.randn(config.text_length, d))     # as large as the words: fainter ones are not heard beside them
                 self.reader = nn.TransformerEncoderLayer(d, config.nheads, 2 * d, dropout=0.0, batch_first=True, norm_first=True)
         else:
             self.words = nn.Linear(config.text_dim, d)
@@ -271,7 +270,7 @@ class LinGen(nn.Module):
             clip (b, channels, frames, height, width), floating point: data at t = 1, noise at t = 0, and
                 (1 - t) noise + t data between. frames: a multiple of the patch, or 1 (a still image).
             t (b,): the time of each clip, in [0, 1].
-            text: word numbers (b, n), integer, 0 where there is no word (all 0: the empty caption of guidance); or,
+            text: word numbers (b, n), integer, 0 behind the last word (all 0: the empty caption of guidance); or,
                 with config.text_dim, embeddings (b, n, text_dim).
         Returns a clip-shaped tensor: the clean clip ("clean", or within [-1, 1] "pixels") or the velocity, as
         config.predicts says.
@@ -300,7 +299,8 @@ class LinGen(nn.Module):
 
     def read(self, text):
         """Caption -> its words (b, 1 + n, d), the learnt "nothing" first, and the mask (b, 1 + n) of those that stand."""
-        words, reader = self.words(text), self.config.vocab_size and self.config.reader                     # (b, n, d)
+        words = self.words(text)                                                                            # (b, n, d)
+        reader = self.config.reader if self.config.vocab_size else None
         mask = text > 0 if reader else text.new_ones(text.shape[:2], dtype=torch.bool)
         if reader == "attention":
             words = words + self.word_positions[: text.shape[1]]

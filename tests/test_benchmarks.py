@@ -204,13 +204,13 @@ def test_mamba2_soon_reads_which_shape_belongs_to_which_colour(monkeypatch, tmp_
     call(monkeypatch, reading, "--steps", 100, "--out", tmp_path)
     rows = common.Table(tmp_path / "reading.csv", resume=True).rows
     assert [int(row["captions"]) for row in rows] == [400, 800, 1200, 1600]
-    assert float(rows[-1]["shape"]) > 0.95 and float(rows[-1]["direction"]) > 0.5      # by words alone: 0.625 and 0.56
+    assert float(rows[-1]["shape"]) > 0.95 and float(rows[-1]["direction"]) > 0.6      # by words alone: 0.625 and 0.56
 
 
 def test_a_reader_knows_no_answer_without_its_words(monkeypatch):
     """What the probe gets right, it gets from the caption: with every caption empty only chance is left."""
     monkeypatch.setattr(reading.sample, "encode", lambda captions, vocabulary: torch.zeros(len(captions), 1, dtype=torch.long))
-    *_, (_, shape, direction) = reading.learn("mamba2", 2, 40, 20)
+    *_, (_, shape, direction) = reading.learn("mamba2", 40, 20)
     assert shape < 0.35 and direction < 0.25
 
 

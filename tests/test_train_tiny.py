@@ -512,7 +512,9 @@ def test_every_parameter_has_one_optimizer_and_the_average_follows(small):
         torch.testing.assert_close(average, before[name] + 0.9 * (moved[name] - before[name]))
 
 
-def test_muon_takes_the_steps_of_torchs_own():
+def test_muon_takes_the_steps_of_torchs_own(request):
+    request.addfinalizer(lambda before=torch.get_float32_matmul_precision(): torch.set_float32_matmul_precision(before))
+    torch.set_float32_matmul_precision("highest")                          # ours; training itself asks for less
     torch.manual_seed(0)
     starts = [torch.randn(shape) for shape in ((24, 8), (8, 24), (24, 8), (16, 16), (5, 5))]
     ours, theirs = ([torch.nn.Parameter(p.clone()) for p in starts] for _ in range(2))
