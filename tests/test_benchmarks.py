@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_tiny
-from benchmarks import ablations, adapt, adjacency, common, consumer, cost, judge, length, minute, parts, progress, reading
-from lingen import Block, describe, preset
+from benchmarks import ablations, adapt, adjacency, common, consumer, cost, following, judge, length, minute, parts, progress, reading
+from lingen import Block, LinGen, describe, preset
 from scan import places
 from tesa import windows
 
@@ -86,7 +86,7 @@ def test_models_that_are_compared_hold_the_same_parameters():
 
 
 @pytest.mark.parametrize("module, wrong", [
-    (ablations, "--seeds 0"), (adapt, "--every 0"), (adjacency, "--grid 1 1 1"), (consumer, "--device tpu"),
+    (ablations, "--seeds 0"), (adapt, "--every 0"), (adjacency, "--grid 1 1 1"), (consumer, "--device tpu"), (following, "--captions 0"),
     (cost, "--pixels 3"), (length, "--pixels 500"), (minute, "--frames 10"), (parts, "--rounds 0"), (reading, "--steps 3")])
 def test_every_script_teaches_and_refuses(monkeypatch, capsys, module, wrong):
     with pytest.raises(SystemExit) as stop:
@@ -197,6 +197,26 @@ def test_adjacency_is_that_of_a_count_by_hand(monkeypatch, tmp_path):
 
 
 # ---- training and judging -------------------------------------------------------------------------------
+
+
+def test_following_knows_where_shapes_go_and_sees_what_tesa_does(monkeypatch):
+    """Against brute force over tokens: of what one token shows four frames later, the clip says where it is."""
+    generator = torch.Generator().manual_seed(0)
+    clips, captions, specs = train_tiny.make_batch(6, 16, generator)
+    way = following.on_the_way(train_tiny.STEPS[specs[:, 0, 2], specs[:, 0, 3]], (4, 8, 8))
+    assert (way.sum(-1) == 3).all()
+    cut = clips.unfold(2, 4, 4).unfold(3, 4, 4).unfold(4, 4, 4).permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(6, 256, -1)
+    for b in range(6):
+        same = (cut[b][:, None] - cut[b]).abs().amax(-1) == 0
+        for token in (cut[b] > -0.9).any(1).nonzero()[:, 0].tolist():
+            assert same[token][way[b, token]].all()
+    model = LinGen(preset("tiny", vocab_size=len(train_tiny.VOCABULARY), depth=2))
+    perfect = way.float() / 3
+    uniform = torch.full_like(perfect, 1 / 256)
+    maps = following.look(model, clips, torch.ones(6, 3, dtype=torch.long), 0.2)
+    assert [layer.shape for layer in maps] == [(6, 4, 256, 256)] * 2 and all(torch.allclose(layer.sum(-1), torch.ones(6, 4, 256)) for layer in maps)
+    monkeypatch.setattr(following, "look", lambda *args: [torch.stack([perfect, uniform], 1)])
+    torch.testing.assert_close(following.measure(model, train_tiny.VOCABULARY, 6, 0)[1], torch.tensor([[100.0, 300 / 256]]))
 
 
 def test_mamba2_soon_reads_which_shape_belongs_to_which_colour(monkeypatch, tmp_path):
