@@ -66,7 +66,7 @@ class LinGenConfig:
     pool: tuple = (2, 4, 4)             # tokens under one review token
     window: tuple = (4, 4, 4)           # tokens of one TESA window
     torus: bool = False                 # rows and columns go around, as in the toy world: so do TESA's positions, where a window covers the axis
-    travel: bool = False                # TESA's positions are waves that move: a query can ask for all that moves as it does
+    travel: bool = False                # TESA's positions drift as the caption says: see `LinGen.drift`
     # Mamba2
     d_state: int = 32
     headdim: int = 32
@@ -133,7 +133,7 @@ def review_tokens(grid, pool):
 
 
 class MATE(nn.Module):
-    """MA-branch plus TE-branch (fig. 2): grid (b, t, h, w, d) -> (b, t, h, w, d).
+    """MA-branch plus TE-branch (fig. 2): grid (b, t, h, w, d) -> (b, t, h, w, d). drift: of TESA's positions, (b, nheads, 2).
 
     Review tokens stand at *both* ends of the sequence. The scan from the left reads the front ones before the first
     real token, the scan from the right the rear ones; the others it reads last, when they do no harm and are dropped.
@@ -149,8 +149,8 @@ class MATE(nn.Module):
         if config.tesa:
             self.tesa = TemporalSwinAttention(config.d_model, config.nheads, config.window, config.shift(layer), config.torus, config.travel)
 
-    def forward(self, grid):
-        out = 0 if self.tesa is None else self.tesa(grid)
+    def forward(self, grid, *drift):
+        out = 0 if self.tesa is None else self.tesa(grid, *drift)
         if self.ma is None:
             return out
         tokens = to_sequence(grid, self.order)                                  # (b, l, d)
@@ -217,10 +217,10 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation[1].weight)
         nn.init.zeros_(self.modulation[1].bias)
 
-    def forward(self, x, condition, text, mask):
+    def forward(self, x, condition, text, mask, *drift):
         b, t, h, w, d = x.shape
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(condition).chunk(6, -1)      # (b, d) each
-        x = torch.addcmul(x, gate1.view(b, 1, 1, 1, d), self.mixer(modulate(x, scale1, shift1)))
+        x = torch.addcmul(x, gate1.view(b, 1, 1, 1, d), self.mixer(modulate(x, scale1, shift1), *drift))
         x = x.view(b, t * h * w, d)
         x = x + self.cross(F.layer_norm(x, (d,)), text, mask)
         x = torch.addcmul(x, gate2.view(b, 1, d), self.mlp(modulate(x, scale2, shift2)))
@@ -261,9 +261,11 @@ class LinGen(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
         self.patch_out = nn.Linear(d, per_patch)
-        for layer in (self.modulation[1], self.patch_out):      # at first the network says 0 of every clip
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.motion = nn.Linear(d, 3 * config.nheads) if config.travel and config.tesa and config.mixer == "mate" else None
+        for layer in (self.modulation[1], self.patch_out, self.motion):     # at first the network says 0 of every clip, and nothing moves
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, clip, t, text):
         """Args:
@@ -289,8 +291,9 @@ class LinGen(nn.Module):
         # Choice: the mean of the caption's words joins the timestep's embedding. Movie Gen gives the caption by
         # cross-attention only; with the mean, what holds for the whole clip (its colour) is learnt much sooner.
         condition = self.time(time_embedding(t).to(x.dtype)) + (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (b, d)
+        drift = () if self.motion is None else (self.drift(text, mask),)
         for block in self.blocks:
-            x = block(x, condition, text, mask)
+            x = block(x, condition, text, mask, *drift)
         x = self.patch_out(modulate(x, *self.modulation(condition).chunk(2, -1)))
         out = rearrange(x, "b t h w (pt ph pw c) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
         if still:
@@ -312,6 +315,16 @@ class LinGen(nn.Module):
             words = words + self.reader(F.layer_norm(words, words.shape[-1:]))
             words = words + self.reader_mlp(F.layer_norm(words, words.shape[-1:]))
         return words, mask
+
+    def drift(self, text, mask):
+        """How TESA's positions drift, by the caption: words (b, 1 + n, d), mask (b, 1 + n) -> (b, nheads, 2).
+
+        Choice. Every word says how much it should be heard and which drift it means, in tokens along h and w per step along t,
+        once for each head; softmax makes one drift of them. All layers share it, so that all learn it together: with
+        "moving left" the heads follow whatever moves left, and of two objects each can have heads of its own.
+        """
+        heard, meant = self.motion(F.layer_norm(text, text.shape[-1:])).unflatten(-1, (-1, 3)).split([1, 2], -1)    # (b, 1 + n, heads, 1), (b, 1 + n, heads, 2)
+        return (heard.masked_fill(~mask[..., None, None], -math.inf).softmax(1) * meant).sum(1)
 
 
 def pixels(out, clip, t):

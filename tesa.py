@@ -101,34 +101,26 @@ def window_mask(shape, window, shift, device):
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def rotation(window, e, dtype, device, around=(False, False, False), travel=False):
-    """Cosines and sines (m, e) that turn queries and keys by their place in the window: rotary positions.
+    """Rotary positions: the angles (m, e) by which queries and keys are turned for their place in the window; and, for
+    places that drift, the moment of each token, (m, 1), and the turn of one token along h and w, (2, e).
 
     The e/2 pairs of features (i, i + e/2) take the axes t, h, w in turn, each with wavelengths from about 2
     to 14 tokens. A score then depends on places through their differences alone. An axis that goes around, its last
     token next to its first, has waves that go around in whole turns instead: lengths size/1, size/2, ... to about 2, and
-    then these again.
-
-    travel: one pair in eight is left to t alone, the others are waves along h or w that move while t goes by, by 0, 1,
-    -1, 2 or -2 tokens a step. A wave that moves along with a shape stands still for it: all the shape's places have
-    one angle, and a query finds them all at once. Waves along t, h and w apart cannot say this: by them a query asks
-    for "one step later, and one to the left", but no step and place of which one depends on the other.
+    then these again. travel: one pair in eight for t, the others for h and w in turn.
     """
     place = torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in window)).view(-1, 3).double()  # (m, 3)
     axes = [(0 if pair % 8 == 7 else 1 + (pair - pair // 8) % 2) if travel else pair % 3 for pair in range(e // 2)]
     turn = torch.zeros(3, e, dtype=torch.float64, device="cpu")  # by one step along t, h, w; an odd feature left over keeps 0
     for axis in range(3):
         own = [pair for pair in range(e // 2) if axes[pair] == axis]
-        speeds = (0, 1, -1, 2, -2) if travel and axis > 0 else (0,)  # tokens a step
         for i, pair in enumerate(own):
-            number = i // len(speeds)  # all the speeds of one wave, then those of the next
-            wave = math.pi * 2 ** (-3 * (number + 0.5) / math.ceil(len(own) / len(speeds)))
+            wave = math.pi * 2 ** (-3 * (i + 0.5) / len(own))
             if around[axis]:
-                wave = 2 * math.pi / window[axis] * (1 + number % max(1, window[axis] // 2))
-            turn[axis, pair] = wave
-            turn[0, pair] -= speeds[i % len(speeds)] * wave
-    turn[:, e // 2 : 2 * (e // 2)] = turn[:, : e // 2]
+                wave = 2 * math.pi / window[axis] * (1 + i % max(1, window[axis] // 2))
+            turn[axis, pair] = turn[axis, pair + e // 2] = wave
     angles = (place[:, :, None] * turn).sum(1)  # (m, e); no matrix product, which counters of operations would count
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    return angles.to(device, dtype), place[:, :1].to(device, dtype), turn[1:].to(device, dtype)
 
 
 # ---------------------------------------------------------------- the attention
@@ -141,7 +133,7 @@ class TemporalSwinAttention(nn.Module):
     window    (t, h, w) in tokens. choice: the paper says only "small"; callers choose
     shift     (t, h, w), 0 <= shift < window: (0, 0, 0) in even layers, half a window in odd ones
     torus     rows and columns go around (train_tiny.py's world does): heeded along an axis that the window covers whole
-    travel    positions by waves that move, see `rotation`; the shapes of the weights are the same
+    travel    positions drift, as `forward` is told, and waves are shared out for it (`rotation`)
     Along an axis that the window covers whole, it is cut to the axis and the shift is dropped.
     ValueError for sizes that do not fit, in the constructor and in forward.
 
@@ -151,6 +143,11 @@ class TemporalSwinAttention(nn.Module):
 
     choice: the keys' biases begin at 1. A score is a product, and where query and key both begin near 0, neither has a
     reason to grow; next to a key that stands there from the first step, the query alone can learn where to look.
+
+    choice: with `travel`, positions drift, each head's at a pace of its own. What flies along at that pace keeps its place, so
+    that one query, "here", finds it at all times. Angles along t, h and w apart cannot say this: by them a query asks for
+    "one step later, and one to the left", but for no step and place of which one depends on the other. There the queries'
+    biases begin at 1 too: a new head looks at its own place at all moments, which is right as soon as the drift is.
     """
 
     def __init__(self, d_model, nheads, window=(4, 4, 4), shift=(0, 0, 0), torus=False, travel=False):
@@ -160,10 +157,11 @@ class TemporalSwinAttention(nn.Module):
         _check(window, shift)
         self.nheads, self.window, self.shift, self.torus, self.travel = nheads, tuple(window), tuple(shift), torus, travel
         self.qkv = nn.Linear(d_model, 3 * d_model)
-        nn.init.ones_(self.qkv.bias[d_model : 2 * d_model])
+        nn.init.ones_(self.qkv.bias[0 if travel else d_model : 2 * d_model])
         self.proj = nn.Linear(d_model, d_model)
 
-    def forward(self, grid):
+    def forward(self, grid, drift=None):
+        """grid (b, t, h, w, d) -> the same. drift (b, nheads, 2): rows and columns that positions move by a step of t; None: 0."""
         d, weight = self.proj.in_features, self.proj.weight
         if not isinstance(grid, torch.Tensor):
             raise TypeError(f"grid is a {type(grid).__name__}; expected a tensor (b, t, h, w, {d})")
@@ -174,13 +172,20 @@ class TemporalSwinAttention(nn.Module):
             raise ValueError(f"grid is {grid.dtype} on {grid.device}, the weights {weight.dtype} on {weight.device}; "
                              "move or convert one with .to(...)")  # fmt: skip
         b, shape = grid.shape[0], tuple(grid.shape[1:4])
+        if drift is not None and (not isinstance(drift, torch.Tensor) or drift.shape != (b, self.nheads, 2) or drift.device != grid.device):
+            raise ValueError(f"drift is {getattr(drift, 'shape', type(drift).__name__)}; expected (b, nheads, 2), here {(b, self.nheads, 2)}, on {grid.device}")
         window, shift = fit(shape, self.window, self.shift)
         parts = partition(grid, window, shift)  # (b, k, m, d)
         k = parts.shape[1]
-        qkv = rearrange(self.qkv(parts), "b k m (three n e) -> three (b k) n m e", three=3, n=self.nheads)
+        qkv = rearrange(self.qkv(parts), "b k m (three n e) -> three b k n m e", three=3, n=self.nheads)
         around = tuple(self.torus and axis > 0 and window[axis] == shape[axis] for axis in range(3))
-        cos, sin = rotation(window, qkv.shape[-1], qkv.dtype, grid.device, around, self.travel)  # (m, e)
-        (q, key), v = qkv[:2] * cos + quarter_turn(qkv[:2]) * sin, qkv[2]  # (b*k, n, m, e)
+        # Angles in float32 at least: they are places, and a rounded place is another one.
+        angles, moment, turn = rotation(window, qkv.shape[-1], torch.promote_types(qkv.dtype, torch.float32), grid.device, around, self.travel)
+        if drift is not None:
+            angles = (angles - moment * (drift.to(turn)[..., None] * turn).sum(2, keepdim=True))[:, None]  # (b, 1, n, m, e)
+        cos, sin = angles.cos().to(qkv.dtype), angles.sin().to(qkv.dtype)
+        q, key = (qkv[:2] * cos + quarter_turn(qkv[:2]) * sin).flatten(1, 2)  # (b*k, n, m, e)
+        v = qkv[2].flatten(0, 1)
 
         mask = window_mask(shape, window, shift, grid.device)  # (k, m, m)
         if mask is not None:

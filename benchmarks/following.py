@@ -8,6 +8,7 @@ shape's token has one place in each other moment that shows the very same part o
 of the 256 in the window of a clip of 16 frames. For each head: how much of the attention of the tokens that hold the
 shape falls on these three; by chance, 1.2 %. The clips stand at the time when places become certain, train_tiny.SETTLED.
 A head that looks along the motion keeps the moments of a clip together: without one, shapes jump where two tokens meet in time.
+Where TESA's positions drift as the caption says (`LinGen.drift`), a second table holds each head's drift against the truth.
 """
 import argparse
 import sys
@@ -66,6 +67,18 @@ def measure(model, vocabulary, n, seed):
     return clips, shares, maps, holds
 
 
+def meant(model, vocabulary):
+    """How TESA's positions drift for each motion: rows of caption, its truth and that of each head, (y, x) in tokens a step."""
+    rows = []
+    for way, direction in enumerate(train_tiny.DIRECTIONS):
+        for fast, speed in enumerate(train_tiny.SPEEDS):
+            said = train_tiny.caption(torch.tensor([[0, 0, way, fast, 0]]), plain=True)
+            with torch.no_grad():
+                drift = model.drift(*model.read(sample.encode([said], vocabulary)))[0]           # (heads, 2)
+            rows.append((f"{speed} {direction}", train_tiny.STEPS[way, fast].flip(0).tolist(), drift.tolist()))
+    return rows
+
+
 def draw(clip, seen, asking, patch, scale=4):
     """The middle frames of a clip's tokens, above; below, where the token framed in white looks: seen (256,), brighter for more."""
     t, h, w = (size // p for size, p in zip(clip.shape[1:], patch))
@@ -97,6 +110,10 @@ def main():
     for layer, heads in enumerate(shares.tolist()):
         table.add(layer=layer, **{f"head {i}": f"{share:.1f}" for i, share in enumerate(heads)})
     table.wrote()
+    if model.motion is not None:
+        print(f"\nwhich drift the words mean, rows and columns of tokens per step of {model.config.patch[0]} frames:")
+        for words, truth, heads in meant(model, checkpoint["vocabulary"]):
+            print(f"{words:20} truth ({truth[0]:2}, {truth[1]:2})   heads " + ", ".join(f"({y:5.2f}, {x:5.2f})" for y, x in heads))
     layer, head = divmod(int(shares.argmax()), shares.shape[1])
     shape = holds[0].nonzero()[:, 0]                                                             # the first clip's tokens
     asking = int(shape[len(shape) // 3])

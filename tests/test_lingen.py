@@ -11,7 +11,7 @@ from lingen import MATE, LinGen, LinGenConfig, pixels, preset, review_tokens
 SMALL = dict(vocab_size=9, d_model=16, depth=4, nheads=2, d_state=4, headdim=8, chunk_size=8, grid=(2, 4, 4), patch=(2, 4, 4),
              window=(2, 2, 2), pool=(2, 2, 2))
 VARIANTS = [dict(), dict(mixer="attention"), dict(tesa=False), dict(ma=False), dict(review=False), dict(scan="spatial-row"),
-            dict(scan="zigzag"), dict(predicts="velocity"), dict(ngroups=2), dict(grid=(0, 0, 0)), dict(reader="mamba2")]
+            dict(scan="zigzag"), dict(predicts="velocity"), dict(ngroups=2), dict(grid=(0, 0, 0)), dict(reader="mamba2"), dict(travel=True)]
 
 
 def awake(model):
@@ -99,7 +99,7 @@ def test_every_variant_runs_at_every_size_and_learns(change):
 @pytest.mark.parametrize("reader", ["attention", "mamba2"])
 def test_caption_padding_and_neighbours_do_not_matter(reader):
     torch.manual_seed(0)
-    model = awake(LinGen(LinGenConfig(**SMALL, reader=reader)))
+    model = awake(LinGen(LinGenConfig(**SMALL, reader=reader, travel=True)))
     clip, t = torch.randn(2, 3, 4, 16, 16, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
     text = torch.tensor([[1, 2, 3], [4, 5, 0]])
     out = model(clip, t, text)
@@ -118,8 +118,31 @@ def test_word_order_matters(reader):
     assert not torch.allclose(model(clip, t, torch.tensor([[1, 2]])), model(clip, t, torch.tensor([[2, 1]])))
 
 
+def test_words_say_how_positions_move():
+    torch.manual_seed(0)
+    new = LinGen(LinGenConfig(**{**SMALL, "d_model": 18, "nheads": 3, "headdim": 6}, travel=True))
+    words, mask = torch.randn(2, 4, 18), torch.tensor([[True] * 4, [True, True, False, False]])
+    assert not new.drift(words, mask).any()          # and nothing moves before anything is learnt
+    model = awake(new)
+    got = model.drift(words.double(), mask)
+    assert got.shape == (2, 3, 2)
+    for clip, own in enumerate([words[0], words[1, :2]]):
+        said = model.motion(torch.nn.functional.layer_norm(own.double(), (18,)))        # (words, 3 heads)
+        for head in range(3):
+            heard, along_h, along_w = said[:, 3 * head : 3 * head + 3].T
+            share = heard.exp() / heard.exp().sum()
+            torch.testing.assert_close(got[clip, head], torch.stack([(share * along_h).sum(), (share * along_w).sum()]))
+    seen = []                                           # and every layer's TESA hears of it
+    for block in model.blocks:
+        block.mixer.tesa.register_forward_pre_hook(lambda tesa, args: seen.append(args[1]))
+    model(torch.randn(1, 3, 4, 16, 16, dtype=torch.float64), torch.rand(1, dtype=torch.float64), torch.tensor([[1, 2]]))
+    assert len(seen) == 4 and seen[0].any() and all(torch.equal(drift, seen[0]) for drift in seen)
+    for change in (dict(travel=False), dict(tesa=False), dict(mixer="attention")):      # where nothing could move, nothing is asked
+        assert LinGen(LinGenConfig(**{**SMALL, "travel": True, **change})).motion is None
+
+
 def test_embeddings_in_place_of_words():
-    config = LinGenConfig(**{**SMALL, "vocab_size": 0, "text_dim": 7})
+    config = LinGenConfig(**{**SMALL, "vocab_size": 0, "text_dim": 7}, travel=True)
     clip = torch.randn(2, 3, 4, 16, 16)
     assert LinGen(config)(clip, torch.rand(2), torch.randn(2, 3, 7)).shape == clip.shape
 

@@ -735,6 +735,10 @@ def functions():
     for args in ((0, 1), (8, 0), (8, 3), (8, -2), ("8", 2), (8, None), (8.5, 2), (8, 2, (0, 1, 1)), (8, 2, (4, 4)), (8, 2, (4, 4, 4), (4, 0, 0)), (8, 2, (4, 4, 4), (-1, 0, 0)), (8, 2, 4), (8, 2, (2.0, 2, 2)), (8, 2, "444")):
         yield f"TESA{args!r}", lambda args=args: tesa.TemporalSwinAttention(*args)
     yield "TESA width", lambda: tesa.TemporalSwinAttention(8, 2)(GRID[..., :7])
+    for shape in ((2,), (2, 2, 3), (1, 2, 2), (2, 1, 2), (2, 2)):
+        yield f"TESA drift {shape}", lambda shape=shape: tesa.TemporalSwinAttention(8, 2)(GRID, zeros(*shape))
+    yield "TESA drift, a list", lambda: tesa.TemporalSwinAttention(8, 2)(GRID, [0, 0])
+    yield "TESA drift, device", lambda: tesa.TemporalSwinAttention(8, 2)(GRID, zeros(2, 2, 2).to("meta"))
     yield "TESA dtype", lambda: tesa.TemporalSwinAttention(8, 2)(GRID.double())
     yield "TESA device", lambda: tesa.TemporalSwinAttention(8, 2)(GRID.to("meta"))
 

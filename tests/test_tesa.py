@@ -49,7 +49,7 @@ def tokens(shape):
     return list(itertools.product(*map(range, shape)))
 
 
-def brute_force(layer, grid):
+def brute_force(layer, grid, drift=None):
     b, *shape, d = grid.shape
     n, e, every = layer.nheads, d // layer.nheads, tokens(shape)
     q, k, v = layer.qkv(grid.reshape(b, -1, d)).reshape(b, -1, 3, n, e).unbind(2)
@@ -57,12 +57,15 @@ def brute_force(layer, grid):
     # Rotary positions by hand: a pair of features as one complex number, turned by its place in the *grid*. That the
     # layer turns by the place in the window must not matter, since only differences count.
     pairs = e // 2
-    turn = torch.ones(len(every), pairs, dtype=torch.complex128)
-    for pair in range(pairs):
-        axis, number, of = pair % 3, pair // 3, len(range(pair % 3, pairs, 3))
-        wave = torch.pi * 2 ** (-3 * (number + 0.5) / of)
-        turn[:, pair] = torch.polar(torch.ones(len(every), dtype=torch.float64), torch.tensor([a[axis] * wave for a in every], dtype=torch.float64))
-    q, k = (torch.complex(z[..., :pairs], z[..., pairs : 2 * pairs]) * turn[:, None] for z in (q, k))
+    axes = [[1, 2, 1, 2, 1, 2, 1, 0, 2, 1, 2, 1][pair] if layer.travel else pair % 3 for pair in range(pairs)]
+    place = torch.tensor(every, dtype=torch.float64)[None, :, None].expand(b, -1, n, -1)        # (b, tokens, n, 3)
+    if drift is not None:    # as seen from a frame of reference that moves
+        place = torch.cat([place[..., :1], place[..., 1:] - place[..., :1] * drift[:, None]], -1)
+    turn = torch.ones(b, len(every), n, pairs, dtype=torch.complex128)
+    for pair, axis in enumerate(axes):
+        wave = torch.pi * 2 ** (-3 * (axes[:pair].count(axis) + 0.5) / axes.count(axis))
+        turn[..., pair] = torch.polar(torch.ones_like(place[..., 0]), place[..., axis] * wave)
+    q, k = (torch.complex(z[..., :pairs], z[..., pairs : 2 * pairs]) * turn for z in (q, k))
     scores = (torch.einsum("binc,bjnc->bnij", q, k.conj()).real + odd) / e**0.5
     extra = torch.full((n, len(every), len(every)), float("-inf"), dtype=grid.dtype)
     for i, a in enumerate(every):
@@ -139,40 +142,65 @@ def test_on_a_torus_who_moves_the_grid_around_moves_the_output():
                 moved = layer(grid.roll(by, axis))
                 assert torch.allclose(moved, layer(grid).roll(by, axis)) == holds, (window, torus, travel, axis, by)
     # Every offset around the torus has an angle of its own, or a query could not tell where to look.
-    cos, sin = tesa.rotation((1, 8, 1), 32, torch.float64, torch.device("cpu"), (False, True, False))
-    assert (torch.cdist(torch.cat([cos, sin], 1), torch.cat([cos, sin], 1)) + 9 * torch.eye(8)).min() > 1
+    angles, *_ = tesa.rotation((1, 8, 1), 32, torch.float64, torch.device("cpu"), (False, True, False))
+    turned = torch.cat([angles.cos(), angles.sin()], 1)
+    assert (torch.cdist(turned, turned) + 9 * torch.eye(8)).min() > 1
 
 
-@pytest.mark.parametrize("around", [False, True])
-@pytest.mark.parametrize("size, e", [((4, 8, 8), 32), ((3, 7, 5), 33), ((5, 1, 6), 2), ((1, 4, 4), 128)])
-def test_travelling_waves_stand_still_for_what_moves_with_them(size, e, around):
-    cpu, whole = torch.device("cpu"), (False, around, around)
-    cos, sin = tesa.rotation(size, e, torch.float64, cpu, whole, True)
-    still, _ = tesa.rotation(size, e, torch.float64, cpu, whole)
-    assert cos.shape == sin.shape == (math.prod(size), e) and (e < 16 or not torch.equal(cos, still))
-    wave = torch.complex(cos, sin).view(*size, e)[..., : e // 2]  # (t, h, w, e/2)
-    seen = set()
-    for pair in range(e // 2):
-        at = wave[..., pair]
-        if pair % 8 == 7:  # t alone
-            assert torch.allclose(at, at[:, :1, :1].expand_as(at))
-            continue
-        axis = 1 + (pair - pair // 8) % 2
-        speed = (0, 1, -1, 2, -2)[(pair - pair // 8) // 2 % 5]
-        path = {}
-        for token in itertools.product(*map(range, size)):  # where it was in frame 0: all tokens of one path have one angle
-            path.setdefault(token[axis] - speed * token[0], []).append(at[token])
-        assert all(torch.allclose(torch.stack(angles), angles[0]) for angles in path.values()), (pair, speed)
-        if around:  # one more step along the axis is the first again
-            first, last = at.select(axis, 0), at.select(axis, size[axis] - 1)
-            assert torch.allclose(first / last, at.select(axis, 1 % size[axis]) / first)
-        seen.add((axis, speed))
-    assert len(seen) == min(10, e // 2 - (e // 2) // 8)
+@pytest.mark.parametrize("shape, window, shift", [CASES[2], CASES[5], CASES[8], CASES[10]])
+@pytest.mark.parametrize("travel", [False, True])
+def test_positions_that_move_are_those_of_a_frame_of_reference_that_moves(shape, window, shift, travel):
+    torch.manual_seed(0)
+    layer = TemporalSwinAttention(46, 2, window, shift, travel=travel).double()  # 11 pairs and an odd feature
+    torch.nn.init.normal_(layer.qkv.weight, std=0.3)
+    grid, drift = torch.randn(2, *shape, 46, dtype=torch.float64, requires_grad=True), torch.randn(2, 2, 2, dtype=torch.float64, requires_grad=True)
+    got, want = layer(grid, drift), brute_force(layer, grid, drift)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    weight, wrt = torch.randn_like(got), [grid, drift, *layer.parameters()]
+    for a, c in zip(torch.autograd.grad((got * weight).sum(), wrt), torch.autograd.grad((want * weight).sum(), wrt)):
+        torch.testing.assert_close(a, c, rtol=0, atol=1e-11)
+    torch.testing.assert_close(layer(grid), layer(grid, 0 * drift), rtol=0, atol=1e-14)
+    torch.testing.assert_close(layer.float()(grid.float(), drift), got.float(), rtol=0, atol=1e-4)
+
+
+def test_what_flies_along_is_seen_as_if_it_stood_still():
+    """On a torus, a grid that moves by whole tokens a step under positions that move with it: the output moves, no more."""
+    layer = TemporalSwinAttention(32, 2, (4, 5, 6), torus=True, travel=True).double()
+    grid, drift = torch.randn(1, 4, 5, 6, 32, dtype=torch.float64), torch.tensor([[[1.0, -2.0]] * 2], dtype=torch.float64)
+
+    def moved(x):
+        return torch.stack([frame.roll((i, -2 * i), (1, 2)) for i, frame in enumerate(x.unbind(1))], 1)
+
+    torch.testing.assert_close(layer(moved(grid), drift), moved(layer(grid)), rtol=0, atol=1e-12)
+    assert not torch.allclose(layer(moved(grid)), moved(layer(grid)))
+
+
+def test_a_new_layer_that_travels_looks_at_its_own_place_at_all_moments():
+    layer = TemporalSwinAttention(128, 4, (4, 8, 8), torus=True, travel=True)
+    torch.nn.init.zeros_(layer.qkv.weight)
+    maps, attend = [], tesa.attend
+    tesa.attend = lambda q, k, v, mask: maps.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)) or attend(q, k, v, mask)
+    try:
+        layer(torch.zeros(1, 4, 8, 8, 128), torch.tensor([[[1.0, -2.0]] * 4]))
+    finally:
+        tesa.attend = attend
+    seen = maps[0][0, 3].view(4, 8, 8, 4, 8, 8)[1, 4, 4]  # by the token of moment 1 in the middle
+    along = torch.stack([frame.roll((1 - i, 2 * i - 2), (0, 1)) for i, frame in enumerate(seen)])  # brought back to moment 1
+    for frame in along:
+        assert frame.argmax() == 4 * 8 + 4 and frame[4, 4] > 0.5 * frame.sum() > 0.05
 
 
 def test_keys_begin_with_a_constant():
     bias = TemporalSwinAttention(12, 3).qkv.bias.view(3, 12)
     assert (bias[1] == 1).all() and (bias[[0, 2]].abs() < 1).all()
+
+
+def test_places_are_not_rounded_to_half_precision():
+    layer = TemporalSwinAttention(64, 2, (4, 8, 8), travel=True)
+    torch.nn.init.normal_(layer.qkv.weight, std=0.3)
+    layer, grid, drift = layer.half(), torch.randn(1, 4, 8, 8, 64).half(), torch.tensor([[[1.9, -2.1], [0.3, 1.7]]])
+    got = layer(grid, drift).double()
+    torch.testing.assert_close(got, layer.double()(grid.double(), drift), rtol=0, atol=0.05)
 
 
 def test_cost_is_linear_in_the_frames():
