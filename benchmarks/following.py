@@ -26,8 +26,6 @@ import tesa  # noqa: E402
 import train_tiny  # noqa: E402
 from benchmarks import common, pictures  # noqa: E402
 
-CHECKPOINT = ROOT / "assets" / "tiny.pt"
-
 
 def look(model, clips, text, t):
     """What TESA attends to, a list over layers of (b, heads, 256, 256): rows ask, columns are looked at."""
@@ -93,7 +91,7 @@ def draw(clip, seen, asking, patch, scale=4):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", default=str(CHECKPOINT), help="default: the shipped one")
+    parser.add_argument("checkpoint", nargs="?", default=str(ROOT / "assets" / "tiny.pt"), help="default: the shipped one")
     parser.add_argument("--captions", type=int, default=64, help="clips to average over (default 64)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=str(common.RESULTS / "following.csv"), help="the table")

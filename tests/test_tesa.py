@@ -1,7 +1,6 @@
 """tesa.py against brute force: one dense softmax over the whole grid, masked by windows counted by hand."""
 
 import itertools
-import math
 import subprocess
 import sys
 from pathlib import Path
