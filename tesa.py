@@ -107,10 +107,10 @@ def rotation(window, e, dtype, device, around=(False, False, False), travel=Fals
     The e/2 pairs of features (i, i + e/2) take the axes t, h, w in turn, each with wavelengths from about 2
     to 14 tokens. A score then depends on places through their differences alone. An axis that goes around, its last
     token next to its first, has waves that go around in whole turns instead: lengths size/1, size/2, ... to about 2, and
-    then these again. travel: one pair in eight for t, the others for h and w in turn.
+    then these again. travel: one pair in eight (of fewer, the last) for t, the others for h and w in turn.
     """
     place = torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in window)).view(-1, 3).double()  # (m, 3)
-    axes = [(0 if pair % 8 == 7 else 1 + (pair - pair // 8) % 2) if travel else pair % 3 for pair in range(e // 2)]
+    axes = [(0 if pair % 8 == min(7, e // 2 - 1) else 1 + (pair - pair // 8) % 2) if travel else pair % 3 for pair in range(e // 2)]
     turn = torch.zeros(3, e, dtype=torch.float64, device="cpu")  # by one step along t, h, w; an odd feature left over keeps 0
     for axis in range(3):
         own = [pair for pair in range(e // 2) if axes[pair] == axis]
@@ -145,8 +145,8 @@ class TemporalSwinAttention(nn.Module):
     reason to grow; next to a key that stands there from the first step, the query alone can learn where to look.
 
     choice: with `travel`, positions drift, each head's at a pace of its own. What flies along at that pace keeps its place, so
-    that one query, "here", finds it at all times. Angles along t, h and w apart cannot say this: by them a query asks for
-    "one step later, and one to the left", but for no step and place of which one depends on the other. There the queries'
+    that one query, "here", finds it at all times. With angles along t, h and w alone a query can ask for "one step later, one
+    to the left", but not for "k steps later, k to the left" for every k at once. There the queries'
     biases begin at 1 too: a new head looks at its own place at all moments, which is right as soon as the drift is.
     """
 

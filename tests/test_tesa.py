@@ -140,6 +140,10 @@ def test_on_a_torus_who_moves_the_grid_around_moves_the_output():
             for axis, by, holds in ((2, 1, rolls[0]), (2, -2, rolls[0]), (3, 1, rolls[1]), (3, 4, rolls[1]), (1, 1, False)):
                 moved = layer(grid.roll(by, axis))
                 assert torch.allclose(moved, layer(grid).roll(by, axis)) == holds, (window, torus, travel, axis, by)
+    # However narrow a head is, moments differ, and so do rows.
+    for e, travel in itertools.product((4, 8, 12, 16, 32), (False, True)):
+        angles, *_ = tesa.rotation((2, 2, 1), e, torch.float64, torch.device("cpu"), travel=travel)
+        assert (angles[0] - angles[1]).abs().max() > 0.5 and (angles[0] - angles[2]).abs().max() > 0.5, (e, travel)
     # Every offset around the torus has an angle of its own, or a query could not tell where to look.
     angles, *_ = tesa.rotation((1, 8, 1), 32, torch.float64, torch.device("cpu"), (False, True, False))
     turned = torch.cat([angles.cos(), angles.sin()], 1)
