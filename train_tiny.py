@@ -6,7 +6,7 @@
 1. The data.    One or two flat shapes on a black *torus*: who leaves on the right comes back on the left. So
                 "moving left" stays true for a whole minute, and second 60 looks just like second 1.
 2. The recipe.  Flow matching; pictures (clips of one frame) first, then short clips, then longer ones with some of
-                the shorter mixed in; at the end also the model's own predictions; two optimisers.
+                the shorter mixed in; in the second half also the model's own predictions; two optimisers.
 3. The loop.    A step, a checkpoint that no kill can tear, and the way back from it.
 
 How a clip is held against its caption, by reading its pixels, stands in benchmarks/judge.py.
@@ -228,12 +228,12 @@ class Stage:
 # last. Every stage costs about the same per step, since fewer frames come in larger batches.
 STAGES = (Stage(1, 64, 0.04), Stage(4, 48, 0.10), Stage(16, 16, 0.70), Stage(64, 4, 0.10), Stage(256, 1, 0.06))
 IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
-SHORT_EVERY = 2         # and in the stages of long clips every second step still shows clips of 16 frames: on long ones alone it unlearns them
-TWO_EVERY = 3           # with --objects 2, two of three steps show two objects
+LONG_EVERY = 2          # in the stages of long clips every second step shows one, the others clips of 16 frames: on long ones alone it unlearns those
+ONE_EVERY = 3           # with --objects 2, every third step shows one object, the others two
 ANY_TIME = 0.25         # share of clips whose time is drawn evenly from 0 to 1: see `draw_times`
 OWN_FROM = 0.5          # share of the steps after which the model is also shown its own predictions: see `rehearse`
-SETTLED = -1.7          # logit of the time (16 frames) from which on a shape's place is certain; only later times are rehearsed,
-OWN = 0.75              # and of their clips this share
+SETTLED = -1.7          # logit of the time (16 frames) from which on a shape's place is certain: only later times are rehearsed
+OWN = 0.75              # share of the clips at those times that are rehearsed
 DROP = 0.05             # share of captions taken away, for guidance needs a model without caption
 
 PERIOD = 32             # frames after which this world, whole-pixel steps on a torus of 32 pixels, is what it was; and the noise of
@@ -281,11 +281,11 @@ def training_batch(step, steps, seed, objects=1):
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     stage = stage_at(step, steps)
-    if stage.frames > 16 and step % SHORT_EVERY:
+    if stage.frames > 16 and step % LONG_EVERY:
         stage = [shorter for shorter in STAGES if shorter.frames <= 16][-1]
     if stage.frames > 1 and step % IMAGES_EVERY == 0:
         stage = STAGES[0]
-    several = objects if objects == 1 or step % TWO_EVERY else 1
+    several = objects if objects == 1 or step % ONE_EVERY else 1
     clips, captions, _ = make_batch(stage.batch, stage.frames, generator, objects=several)
     text = sample.encode(captions, VOCABULARY)                                              # (b, n)
     text[torch.rand(len(text), generator=generator) < DROP] = 0

@@ -35,7 +35,7 @@ def child(model, seed, frames, steps, every):
     # The same share of steps on pictures as in the recipe; no short clips among the long: they would blur the move.
     stage = train_tiny.Stage
     train_tiny.STAGES = (stage(1, 64, 0.05), stage(frames, clips, 0.20), stage(4 * frames, clips // 4, 0.75))
-    train_tiny.SHORT_EVERY = 1
+    train_tiny.LONG_EVERY = 1
     train_tiny.PERIOD = 0                                       # every frame has noise of its own, as in ablations.py
     losses = []
     for step in tqdm(range(2 * steps + 1), desc=f"{model}, seed {seed}", leave=False, disable=None):

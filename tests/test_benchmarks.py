@@ -310,7 +310,7 @@ def test_progress_judges_a_run_anew_and_keeps_what_it_judged_before(monkeypatch,
 
 def test_adapt_moves_to_clips_four_times_as_long(monkeypatch):
     monkeypatch.setattr(train_tiny, "STAGES", train_tiny.STAGES)
-    monkeypatch.setattr(train_tiny, "SHORT_EVERY", train_tiny.SHORT_EVERY)
+    monkeypatch.setattr(train_tiny, "LONG_EVERY", train_tiny.LONG_EVERY)
     monkeypatch.setattr(train_tiny, "PERIOD", train_tiny.PERIOD)
     runs, init = [], train_tiny.Run.__init__
     monkeypatch.setattr(train_tiny.Run, "__init__", lambda self, *args: runs.append(self) or init(self, *args))

@@ -440,7 +440,7 @@ def test_times_move_to_the_noise_as_clips_grow(monkeypatch):
 def test_the_noise_of_long_clips_repeats_when_the_world_does(monkeypatch):
     for frames in (64, 48):
         monkeypatch.setattr(toy, "STAGES", (toy.Stage(frames, 2, 1.0),))
-        monkeypatch.setattr(toy, "SHORT_EVERY", 1)
+        monkeypatch.setattr(toy, "LONG_EVERY", 1)
         clips, text, t, noise, earlier, before = toy.training_batch(9, 10, seed=0)
         for of in (clips, noise, before):       # the clips do so of themselves, and that is why
             assert of.shape[2] == frames and torch.equal(of[:, :, 32:], of[:, :, : frames - 32])
