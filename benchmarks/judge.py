@@ -292,7 +292,7 @@ def clips_for(model, captions, frames, options, seed, batch=16):
     parts = []
     for i in tqdm(range(0, len(captions), step), unit=f" x {step} clips", disable=not sys.stderr.isatty(), leave=False):
         text = sample.encode(captions[i : i + step], model.vocabulary)
-        parts.append(sample.sample(model, text, (frames, 32, 32), seed=seed + i, **options).cpu())
+        parts.append(sample.sample(model, text, (frames, 32, 32), seed=(10_007 * seed + i) % 2**32, **options).cpu())      # no noise twice
     return torch.cat(parts)
 
 
