@@ -474,7 +474,9 @@ def read_settings(path) -> dict:
         with Image.open(path) as image:
             note = image.info.get("lingen") or image.info.get("comment") or image.getexif().get(0x010E)
             note = json.loads(note)
-            return note if isinstance(note, dict) else {}[note]
+        if not isinstance(note, dict):
+            raise ValueError
+        return note
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {show(path)}") from None
     except PermissionError as error:

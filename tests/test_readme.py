@@ -48,8 +48,6 @@ def test_choices_name_switches_that_exist():
 
 
 def test_every_exercise_has_its_solution():
-    if "### Exercises\n" not in README:
-        pytest.skip("the README has no exercises yet")
     numbers = re.findall(r"^\| (\d+) \|", section("Exercises"), re.M)
     solved = re.findall(r"^def test_(\d+)_", (ROOT / "tests" / "test_exercises.py").read_text(), re.M)
     assert numbers and sorted(numbers, key=int) == sorted(solved, key=int)
