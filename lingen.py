@@ -335,8 +335,8 @@ def pixels(out, clip, t):
     Choice. tanh makes flat colours flat. At t = 1 the clip is what one sees, tanh(atanh(x)) = x, and the network need not
     copy it. But before that its word counts: a soft edge's brightness follows from the shape's place, which all pixels of all
     frames tell far better than the one noisy pixel. So a pixel is trusted by Wiener's rule, which weighs two witnesses by
-    their certainty: k = e^2 / (s^2 + e^2), s = (1 - t) / t the noise in what one sees, e = 0.1 the error of the network
-    (at t = 0.9 about as large). (0.97 and the clamp keep atanh finite, also where noise takes x beyond 1.)
+    their certainty: k = e^2 / (s^2 + e^2), s = (1 - t) / t the noise in what one sees, e = 0.1 the error of the network,
+    so that at t = 0.9 both count about the same. (0.97 and the clamp keep atanh finite, also where noise takes x beyond 1.)
     """
     at = t.view(-1, 1, 1, 1, 1).to(out.dtype)
     error = (0.1 * at) ** 2                                     # e^2, and below s^2, both times t^2: t may be 0

@@ -542,7 +542,7 @@ class _Chunks:
 class _ChunkedScan(torch.autograd.Function):
     """The four steps of `ssd_chunked_plain`, arranged for speed, in one direction or in both at once.
 
-    The time goes into passes over memory, not into arithmetic. So the sequence is worked off a few chunks at a
+    Small products and the passes over memory between them take the time, not arithmetic. So the sequence is worked off a few chunks at a
     time, whose Q x Q matrices stay in the cache; B and C are never repeated per head (the heads of a group are
     the columns of one wider product); and nothing of size Q x Q is kept for the backward pass, which makes it
     again. Kept are the inputs and one state per chunk.

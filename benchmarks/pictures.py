@@ -1,4 +1,4 @@
-"""The pictures of the README, all in one look, so that the six files can keep to their lessons.
+"""The pictures of the six files and the toy, all in one look, so that the files can keep to their lessons.
 
     python benchmarks/pictures.py            makes them all again, in assets/
 
