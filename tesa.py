@@ -184,8 +184,9 @@ class TemporalSwinAttention(nn.Module):
         if drift is not None:
             angles = (angles - moment * (drift.to(turn)[..., None] * turn).sum(2, keepdim=True))[:, None]  # (b, 1, n, m, e)
         cos, sin = angles.cos().to(qkv.dtype), angles.sin().to(qkv.dtype)
-        q, key = (qkv[:2] * cos + quarter_turn(qkv[:2]) * sin).flatten(1, 2)  # (b*k, n, m, e)
-        v = qkv[2].flatten(0, 1)
+        both, v = qkv.split([2, 1])  # split, not indexed: the gradient of an index is filled up with zeros first
+        q, key = (both * cos + quarter_turn(both) * sin).flatten(1, 2)  # (b*k, n, m, e)
+        v = v.flatten(0, 2)
 
         mask = window_mask(shape, window, shift, grid.device)  # (k, m, m)
         if mask is not None:
@@ -200,10 +201,10 @@ class TemporalSwinAttention(nn.Module):
 def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(e)) v over the last two axes; mask bool, True where a query may attend.
 
-    Every query needs a key that it may attend. On a CPU, torch's fused kernel is made for long sequences: over a
-    window's or a caption's few keys plain products are 2 to 5 times faster, forward and backward.
+    Every query needs a key that it may attend. On a CPU, torch's fused kernel is made for long sequences: over fewer
+    keys, a caption's or a small window's, plain products are as fast, and where they may round to bfloat16 several times faster.
     """
-    if q.device.type != "cpu" or k.shape[-2] > 256:
+    if q.device.type != "cpu" or k.shape[-2] >= 256:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
@@ -212,7 +213,8 @@ def attend(q, k, v, mask=None):
 def quarter_turn(x):
     """Each pair of features (i, i + e/2) turned by 90 degrees; the odd one out stays, its sine being 0."""
     half = x.shape[-1] // 2
-    return torch.cat([-x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]], -1)
+    first, second, odd = x.split([half, half, x.shape[-1] % 2], -1)
+    return torch.cat([-second, first, odd], -1)
 
 
 def _check(window, shift):
