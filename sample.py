@@ -502,7 +502,7 @@ def parse(argv):
     add("--out", help="clip.gif, .webp, .png (contact sheet) or .npy (uint8, frames x height x width x 3, no settings inside); or a folder")
     for name in ("frames", "height", "width", "fps", "steps", "guidance", "fresh", "seed", "scale"):
         kind, low, high = LIMITS[name]
-        add(f"--{name}", type=kind, help=f"{low} to {high}")
+        add(f"--{name}", type=kind, help=f"{low} to {high}" + "; the shipped checkpoint has learnt 32 only" * (name in ("height", "width")))
     add("--period", type=int, help="frames after which the noise repeats, 0: never; the toy's world repeats after as many frames as it is wide in pixels")
     add("--schedule", choices=SCHEDULES)
     add("--checkpoint", default=Path(__file__).parent / "assets" / "tiny.pt")

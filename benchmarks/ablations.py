@@ -1,7 +1,7 @@
 """What each part buys (LinGen figs. 11 and 12): the tiny model trained with one part taken out, and judged.
 
     python benchmarks/ablations.py                                    all variants, three seeds: 40 minutes of one core
-    python benchmarks/ablations.py --seeds 1 --out runs/ablations     for a class: a quarter of an hour, into a folder of its own
+    python benchmarks/ablations.py --seeds 1 --out runs/ablations --plot runs/ablations.png      for a class: a quarter of an hour
     python benchmarks/ablations.py --minutes 20                       as much as fits; the next call goes on
 
 Every variant is one field of the same LinGenConfig, trained by train_tiny's own recipe cut to --steps, on the same data for

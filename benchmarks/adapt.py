@@ -1,6 +1,6 @@
 """Claim: LinGen adapts faster to longer clips than the DiT (LinGen fig. 10). Loss over the steps after the move.
 
-    python benchmarks/adapt.py                            16 frames, then 64; two seeds each: half an hour on one core
+    python benchmarks/adapt.py                            16 frames, then 64; two seeds each: a quarter of an hour on one core
     python benchmarks/adapt.py --frames 4 --steps 100     shorter clips, fewer steps
 
 Both learn clips of --frames by train_tiny's own loop, pictures first, and then clips four times as long, at a steady learning
