@@ -184,6 +184,9 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     period: frames after which the noise repeats, see `white_noise`; 0: never.
     A model of a torus (config.torus) is asked from another place at every step: a clip that is rolled around is as good
     a clip, but the borders of patches and of the scan, where mistakes are made, fall elsewhere, and those do not add up.
+    A world of whole-pixel steps on a torus as wide as `period` is a ring in time, too. There a clip is made in whole rounds,
+    asked from another frame at every step, and cut to length in the end: a token holds several frames, and where two meet in time
+    shapes jumped.
     Raises ValueError for wrong arguments, FloatingPointError if the result holds NaN or infinity.
     """
     import torch
@@ -200,17 +203,22 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     device = next(model.parameters()).device
     ts, b = times(steps, schedule, shift).tolist(), len(text)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(b)]
+    (frames, *size), torus = shape, getattr(model.config, "torus", False)
+    ring = torus and frames > 1 and period == math.lcm(*size) and period % model.config.patch[0] == 0
+    rounds = -(-frames // period) * period if ring else frames
 
     def noise():
-        return torch.stack([white_noise((model.config.channels, *shape), g, period) for g in generators]).to(device)
+        return torch.stack([white_noise((model.config.channels, rounds, *size), g, period) for g in generators]).to(device)
 
-    # Where each step stands on the torus: the same for all clips, whatever their seeds.
-    places = torch.randint(shape[1] * shape[2], (steps, 2), generator=torch.Generator().manual_seed(0))      # (steps, 2)
-    places = places.tolist() if getattr(model.config, "torus", False) else [(0, 0)] * steps
+    # Where each step stands in space and time: the same for all clips, whatever their seeds.
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(size[0] * size[1], (steps, 2), generator=generator) * torus                      # (steps, 2)
+    moments = torch.randint(rounds, (steps, 1), generator=generator) * ring                                 # (steps, 1)
+    places = torch.cat([moments, places], 1).tolist()
 
     def ask(x, t, text, place):
-        out = model(x.roll(place, (3, 4)), torch.full((len(x),), t, device=device), text)
-        return out.roll([-moved for moved in place], (3, 4))                         # (b, c, t, h, w)
+        out = model(x.roll(place, (2, 3, 4)), torch.full((len(x),), t, device=device), text)
+        return out.roll([-moved for moved in place], (2, 3, 4))                      # (b, c, t, h, w)
 
     x = noise()                                                                      # (b, c, t, h, w)
     text = text.to(device)                                                           # (b, n)
@@ -231,7 +239,7 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
                 out = without + guidance * (with_caption - without)                  # (b, c, t, h, w)
             x1 = x + (1 - t) * out if model.config.predicts == "velocity" else out
             if callback is not None:
-                callback(step, x1)
+                callback(step, x1[:, :, :frames])
             x0 = (x - t * x1) / (1 - t)  # the noise that goes with x1; the last step starts before t = 1
             if fresh and later < 1:
                 x0 = math.sqrt(1 - fresh * fresh) * x0 + fresh * noise()
@@ -239,7 +247,7 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     if not torch.isfinite(x).all():  # before the clamp, which would hide infinities
         raise FloatingPointError("the sampled clip holds NaN or infinity; the weights may be those of a training "
                                  "run that diverged: take an earlier checkpoint, or a lower --guidance")
-    return x.clamp(-1, 1)
+    return x[:, :, :frames].clamp(-1, 1)
 
 
 def check(settings: dict) -> None:
