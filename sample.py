@@ -184,9 +184,9 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     period: frames after which the noise repeats, see `white_noise`; 0: never.
     A model of a torus (config.torus) is asked from another place at every step: a clip that is rolled around is as good
     a clip, but the borders of patches and of the scan, where mistakes are made, fall elsewhere, and those do not add up.
-    A world of whole-pixel steps on a torus as wide as `period` is a ring in time, too. There a clip is made in whole rounds,
-    asked from another frame at every step, and cut to length in the end: a token holds several frames, and where two meet in time
-    shapes jumped.
+    A world of whole-pixel steps on a torus as wide as `period` is a ring in time, too. There a clip of a round or more is made in
+    whole rounds, asked from another frame at every step, and cut to length in the end: a token holds several frames, and where two
+    meet in time shapes jumped.
     Raises ValueError for wrong arguments, FloatingPointError if the result holds NaN or infinity.
     """
     import torch
@@ -204,7 +204,7 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     ts, b = times(steps, schedule, shift).tolist(), len(text)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(b)]
     (frames, *size), torus = shape, getattr(model.config, "torus", False)
-    ring = torus and frames > 1 and period == math.lcm(*size) and period % model.config.patch[0] == 0
+    ring = torus and frames >= period == math.lcm(*size) and period % model.config.patch[0] == 0
     rounds = -(-frames // period) * period if ring else frames
 
     def noise():
