@@ -121,8 +121,11 @@ def draw_shapes(half, centre, size):
     return (0.5 - torch.stack([circle, square, triangle, cross], 1)).clamp(0, 1)           # (n, 4, h, w)
 
 
-def random_starts(specs, frames, generator, size=32):
-    """Places in frame 0: float32 (b, k, 2). Uniform; two objects keep as far apart as 32 tries allow."""
+def random_starts(specs, frames, generator, size=32, meet=0.0):
+    """Places in frame 0: float32 (b, k, 2). Uniform; two objects keep as far apart as 32 tries allow.
+
+    meet: in this share of the clips the first try counts, and most of those objects meet.
+    """
     b, k, _ = specs.shape
     starts = torch.rand(b, 32 if k == 2 else 1, k, 2, generator=generator) * size          # (b, try, k, 2)
     if k == 1:
@@ -132,6 +135,8 @@ def random_starts(specs, frames, generator, size=32):
     drift = t[:, None] * (step[:, :1] - step[:, 1:])                                       # (b, t, 2)
     gap = wrap((starts[:, :, 0] - starts[:, :, 1])[:, :, None] + drift[:, None], size)     # (b, try, t, 2)
     best = gap.norm(dim=-1).amin(-1).argmax(1)                                             # (b,)
+    if meet:
+        best[torch.rand(b, generator=generator) < meet] = 0
     return starts[torch.arange(b), best]                                                   # (b, k, 2)
 
 
@@ -202,13 +207,13 @@ def caption(specs, generator=None, still=False, plain=False):
     return " and ".join(phrases)
 
 
-def make_batch(n, frames, generator, size=32, objects=1, held_out_only=False, plain=False):
+def make_batch(n, frames, generator, size=32, objects=1, held_out_only=False, plain=False, meet=0.0):
     """n clips with captions: float32 (n, 3, frames, size, size), list of n str, specs int64 (n, objects, 5).
 
-    One frame is a still image, captioned without motion. All chance comes from the (CPU) generator.
+    One frame is a still image, captioned without motion. All chance comes from the (CPU) generator. meet: see `random_starts`.
     """
     specs = random_specs(n, generator, objects, held_out_only)
-    clips = render(specs, random_starts(specs, frames, generator, size), frames, size)
+    clips = render(specs, random_starts(specs, frames, generator, size, meet), frames, size)
     return clips, [caption(s, generator, still=frames == 1, plain=plain) for s in specs], specs
 
 
@@ -230,6 +235,8 @@ STAGES = (Stage(1, 64, 0.04), Stage(4, 48, 0.10), Stage(16, 16, 0.70), Stage(64,
 IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
 LONG_EVERY = 2          # in the stages of long clips every second step shows one, the others clips of 16 frames: on long ones alone it unlearns those
 ONE_EVERY = 3           # with --objects 2, every third step shows one object, the others two
+MEET = 0.25             # share of the clips of two objects that leave it to chance whether they meet. The sampler chooses places near the noise,
+                        # before it can be seen that the ways of two objects cross; who never saw two meet cannot draw it then
 ANY_TIME = 0.25         # share of clips whose time is drawn evenly from 0 to 1: see `draw_times`
 OWN_FROM = 0.5          # share of the steps after which the model is also shown its own predictions: see `rehearse`
 SETTLED = -1.7          # logit of the time (16 frames) from which on a shape's place is certain: only later times are rehearsed
@@ -286,7 +293,7 @@ def training_batch(step, steps, seed, objects=1):
     if stage.frames > 1 and step % IMAGES_EVERY == 0:
         stage = STAGES[0]
     several = objects if objects == 1 or step % ONE_EVERY else 1
-    clips, captions, _ = make_batch(stage.batch, stage.frames, generator, objects=several)
+    clips, captions, _ = make_batch(stage.batch, stage.frames, generator, objects=several, meet=MEET)
     text = sample.encode(captions, VOCABULARY)                                              # (b, n)
     text[torch.rand(len(text), generator=generator) < DROP] = 0
     t, noise = draw_times(len(clips), stage.frames, generator), sample.white_noise(clips.shape, generator, PERIOD)
@@ -432,6 +439,14 @@ class Run:
         """The loss on a step's data, see `training_batch`."""
         return flow_matching_loss(self.model, clips, text, t, noise, rehearse(self.model, clips, text, earlier, before))
 
+    def take(self, path):
+        """Begin with the weights of this checkpoint, a published one too, instead of at random; all else begins anew."""
+        model, checkpoint = sample.load_model(path, self.device)
+        if model.config != self.model.config or checkpoint["vocabulary"] != list(VOCABULARY):
+            raise ValueError(f"--weights {sample.show(path)} is of another model or vocabulary than is trained here; name one that fits, or begin without")
+        self.model.load_state_dict(model.state_dict())
+        self.average = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
+
     def advance(self, rank=0, world=1):
         """One step: data, loss, gradients, both optimisers, the average. Returns the loss of the whole batch."""
         steps = self.settings["steps"]
@@ -538,6 +553,8 @@ def begin(args):
         raise IsADirectoryError(f"--out {sample.show(out)} is a folder; name the file in it, as tiny.pt")
     if out.exists() and not args.resume:
         raise FileExistsError(f"{sample.show(out)} exists; go on with it by --resume, or name another file with --out")
+    if args.resume and args.weights:
+        raise ValueError("--weights is for a run that begins, --resume goes on with one that has its weights: leave out one of them")
     checkpoint = sample.load_checkpoint(out) if args.resume else None
     if world > 1:
         if world > max(stage.batch for stage in STAGES):
@@ -554,6 +571,8 @@ def begin(args):
     run = Run(lingen.preset("tiny", vocab_size=len(VOCABULARY)), settings, device)
     if checkpoint:
         run.restore(checkpoint)
+    elif args.weights:
+        run.take(args.weights)
     if rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
         sample.try_place(out)
@@ -646,6 +665,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--out", default="runs/tiny.pt", help="the checkpoint (default runs/tiny.pt); a preview is written beside it")
     add("--resume", action="store_true", help="go on with the run in --out; a finished one goes on if --steps is larger")
+    add("--weights", metavar="CHECKPOINT", help="begin with the weights of this one instead of at random (with another --seed, or it sees the same data again)")
     add("--steps", type=int, default=2000, help="of all stages together (default 2000: 16 to 35 minutes on two CPU cores)")
     add("--seed", type=int, default=0, help="of the weights and the data")
     add("--objects", type=int, choices=(1, 2), default=1, help="2: the second level, clips with two objects among those with one")
