@@ -1,6 +1,7 @@
 """The toy world and its judge: real clips score 100 %, and each way of going wrong is seen and named."""
 
 
+import argparse
 import math
 import os
 import signal
@@ -78,6 +79,17 @@ def test_the_frame_after_is_the_frame_drawn_one_step_further():
 def test_the_first_object_lies_on_top():
     clip = clip_of([(0, 1, 0, 0, 0), (2, 0, 1, 0, 0)], 1, ((10.0, 10.0), (12.0, 10.0)))
     assert clip[:, 0, 10, 12].tolist() == [1, -1, -1] and clip[:, 0, 10, 16].tolist() == [-1, -1, 1]
+
+
+def test_two_objects_meet_only_where_they_are_let():
+    specs = toy.random_specs(300, seeded(1), 2)
+    moved = torch.arange(16)[:, None] * (toy.STEPS[specs[:, 0, 2], specs[:, 0, 3]] - toy.STEPS[specs[:, 1, 2], specs[:, 1, 3]])[:, None]
+    near = []
+    for meet in (0.0, 0.5, 1.0):
+        starts = toy.random_starts(specs, 16, seeded(2), meet=meet)
+        gap = toy.wrap((starts[:, 0] - starts[:, 1])[:, None] + moved, 32).norm(dim=-1).amin(1)
+        near.append((gap < 6).float().mean().item())
+    assert near[0] == 0 and near[2] > 0.4 and abs(near[1] - near[2] / 2) < 0.1
 
 
 @pytest.mark.parametrize("objects", [1, 2])
@@ -426,6 +438,14 @@ def test_training_never_shows_what_is_held_out_and_sometimes_hides_the_caption(s
     assert not toy.held_out(specs).any()
 
 
+def test_training_shows_two_objects_that_meet(monkeypatch):
+    seen, draw = [], toy.random_starts
+    monkeypatch.setattr(toy, "random_starts", lambda *args: seen.append(args[-1]) or draw(*args))
+    toy.training_batch(5, 10, seed=0, objects=2)
+    toy.make_batch(2, 4, seeded(), objects=2)
+    assert seen == [toy.MEET, 0.0] and 0 < toy.MEET < 1
+
+
 def test_times_move_to_the_noise_as_clips_grow(monkeypatch):
     share = (toy.draw_times(4000, 16, seeded()) > 0.8).float().mean()
     assert share == pytest.approx(0.05, abs=0.01)     # a quarter of the times may be any, few of the others are late
@@ -573,6 +593,26 @@ def test_a_run_is_not_overwritten_nor_mixed_with_another(small, tmp_path, capsys
         assert says in capsys.readouterr().err
     assert toy.main(["--steps", "3", "--resume", "--out", str(out)]) == 0              # a finished run may be made longer
     assert torch.load(out, weights_only=True)["training"]["step"] == 3
+
+
+def test_a_run_can_begin_with_the_weights_of_another(small, tmp_path, capsys):
+    first, second, other = (tmp_path / name for name in ("first.pt", "second.pt", "other.pt"))
+    assert toy.main(["--steps", "2", "--out", str(first)]) == 0
+    toy.publish(first, second)
+    published = torch.load(second, weights_only=True)["weights"]
+    args = dict(resume=False, device="cpu", steps=2, seed=1, objects=1, rate=2e-3, out=str(tmp_path / "run.pt"), weights=str(second))
+    run, *_ = toy.begin(argparse.Namespace(**args))
+    for name, p in run.model.state_dict().items():
+        assert torch.equal(p, published[name].float()) and torch.equal(run.average[name], p)
+    run.advance()
+    old, new, mean = published["nothing"].float(), run.model.nothing, run.average["nothing"]
+    assert run.step == 1 and not torch.equal(new, old) and torch.allclose(mean, old.lerp(new, 0.9)) and not torch.allclose(mean, new)
+    strange = toy.Run(lingen.preset("tiny", vocab_size=len(toy.VOCABULARY), depth=1), dict(steps=2, seed=0, objects=1, rate=2e-3), torch.device("cpu"))
+    toy.save(other, strange.state())
+    for call, says in ((["--weights", str(other)], "another model"), (["--weights", "missing.pt"], "missing.pt"),
+                       (["--weights", str(second), "--resume"], "leave out one")):
+        assert toy.main([*call, "--steps", "2", "--out", str(tmp_path / "new.pt")]) == 2
+        assert says in capsys.readouterr().err and not (tmp_path / "new.pt").exists()
 
 
 def test_published_checkpoint_is_small_and_samples(small, tmp_path):
