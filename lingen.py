@@ -9,11 +9,13 @@ MATE, two linear-cost branches on the same tokens, their outputs added:
 
     clip (b, c, T, H, W) -> patches -> tokens (b, t, h, w, d) -> depth x block -> patches -> clip
 
-    block:   x = x + gate * MATE(modulated norm(x))                the timestep (and the caption's mean word) modulates:
-             x = x + cross-attention(norm(x), caption)             it gives scale and shift of the norms, and the gates
+    block:   x = x + gate * MATE(modulated norm(x))
+             x = x + cross-attention(norm(x), caption)
              x = x + gate * feed-forward(modulated norm(x))
+             The timestep and the caption's mean word give scale and shift of the two modulated norms, and the gates.
 
     b batch   c channels   t, h, w the grid of tokens   d width d_model   l = t h w length   n words in the caption
+    t, as an argument (b,): the time of the flow, 0 noise, 1 data
     (in the attentions' patterns n is the heads, p the width of one, and l words or tokens)
 
 Read in this order: `review_tokens`, `MATE`, `Block`, `LinGen`. `LinGenConfig` can take each part out, or put full
@@ -149,8 +151,8 @@ class MATE(nn.Module):
         if config.tesa:
             self.tesa = TemporalSwinAttention(config.d_model, config.nheads, config.window, config.shift(layer), config.torus, config.travel)
 
-    def forward(self, grid, *drift):
-        out = 0 if self.tesa is None else self.tesa(grid, *drift)
+    def forward(self, grid, drift=None):
+        out = 0 if self.tesa is None else self.tesa(grid, drift)
         if self.ma is None:
             return out
         tokens = to_sequence(grid, self.order)                                  # (b, l, d)
@@ -171,7 +173,7 @@ class FullAttention(nn.Module):
         self.nheads = nheads
         self.qkv, self.proj = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
 
-    def forward(self, grid):
+    def forward(self, grid, drift=None):    # which only TESA heeds
         q, k, v = rearrange(self.qkv(grid), "b t h w (three n p) -> three b n (t h w) p", three=3, n=self.nheads)
         out = rearrange(attend(q, k, v), "b n l p -> b l (n p)")
         return self.proj(out).view(grid.shape)
@@ -196,7 +198,7 @@ class CrossAttention(nn.Module):
 
 
 def modulate(x, scale, shift):
-    """Layer norm without weights of its own; scale and shift (b, d), made from the timestep, take their place."""
+    """Layer norm without weights of its own; scale and shift (b, d), made from timestep and caption, take their place."""
     x = F.layer_norm(x, x.shape[-1:])
     spread = (-1,) + (1,) * (x.dim() - 2) + x.shape[-1:]
     return torch.addcmul(shift.view(spread), x, 1 + scale.view(spread))
@@ -212,15 +214,15 @@ class Block(nn.Module):
         self.cross = CrossAttention(d, config.nheads)
         hidden = int(config.mlp_ratio * d)
         self.mlp = nn.Sequential(nn.Linear(d, hidden), nn.GELU("tanh"), nn.Linear(hidden, d))
-        # Both gates begin at 0: at first a block only reads the caption, and deep stacks train from the first step.
+        # Both gates begin at 0: at first a block only adds what the caption says, and a deep stack starts as a shallow one.
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
         nn.init.zeros_(self.modulation[1].weight)
         nn.init.zeros_(self.modulation[1].bias)
 
-    def forward(self, x, condition, text, mask, *drift):
+    def forward(self, x, condition, text, mask, drift=None):
         b, t, h, w, d = x.shape
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(condition).chunk(6, -1)      # (b, d) each
-        x = torch.addcmul(x, gate1.view(b, 1, 1, 1, d), self.mixer(modulate(x, scale1, shift1), *drift))
+        x = torch.addcmul(x, gate1.view(b, 1, 1, 1, d), self.mixer(modulate(x, scale1, shift1), drift))
         x = x.view(b, t * h * w, d)
         x = x + self.cross(F.layer_norm(x, (d,)), text, mask)
         x = torch.addcmul(x, gate2.view(b, 1, d), self.mlp(modulate(x, scale2, shift2)))
@@ -291,9 +293,9 @@ class LinGen(nn.Module):
         # Choice: the mean of the caption's words joins the timestep's embedding. Movie Gen gives the caption by
         # cross-attention only; with the mean, what holds for the whole clip (its colour) is learnt much sooner.
         condition = self.time(time_embedding(t).to(x.dtype)) + (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (b, d)
-        drift = () if self.motion is None else (self.drift(text, mask),)
+        drift = None if self.motion is None else self.drift(text, mask)
         for block in self.blocks:
-            x = block(x, condition, text, mask, *drift)
+            x = block(x, condition, text, mask, drift)
         x = self.patch_out(modulate(x, *self.modulation(condition).chunk(2, -1)))
         out = rearrange(x, "b t h w (pt ph pw c) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)
         if still:
@@ -311,7 +313,7 @@ class LinGen(nn.Module):
         mask = F.pad(mask, (1, 0), value=True)
         if reader == "attention":
             words = self.reader(words, src_key_padding_mask=torch.zeros_like(mask, dtype=words.dtype).masked_fill(~mask, -math.inf))
-        elif reader == "mamba2":                                # from the left: the zeros behind a short caption change nothing before them
+        elif reader == "mamba2":                                # causal: the padding behind a caption cannot change its words
             words = words + self.reader(F.layer_norm(words, words.shape[-1:]))
             words = words + self.reader_mlp(F.layer_norm(words, words.shape[-1:]))
         return words, mask
@@ -330,13 +332,14 @@ class LinGen(nn.Module):
 def pixels(out, clip, t):
     """The clean clip of pixels between -1 and 1: what the network says of each, and, when little noise is left, the pixel itself.
 
-    out and clip (b, c, frames, h, w), t (b,) -> like out.
+    out and clip x (b, c, frames, h, w), t (b,) -> tanh(out + atanh(0.97 k x)), like out.
 
     Choice. tanh makes flat colours flat. At t = 1 the clip is what one sees, tanh(atanh(x)) = x, and the network need not
     copy it. But before that its word counts: a soft edge's brightness follows from the shape's place, which all pixels of all
     frames tell far better than the one noisy pixel. So a pixel is trusted by Wiener's rule, which weighs two witnesses by
-    their certainty: k = e^2 / (s^2 + e^2), s = (1 - t) / t the noise in what one sees, e = 0.1 the error of the network,
-    so that at t = 0.9 both count about the same. (0.97 and the clamp keep atanh finite, also where noise takes x beyond 1.)
+    their certainty: k = e^2 / (s^2 + e^2), s = (1 - t) / t the noise of x / t, e = 0.1 the error of the network, so that at
+    t = 0.9 both count about the same. (x and not x / t is weighed: near t = 1, where k counts, they are nearly the same.
+    0.97 and the clamp keep atanh finite, also where noise takes x beyond 1.)
     """
     at = t.view(-1, 1, 1, 1, 1).to(out.dtype)
     error = (0.1 * at) ** 2                                     # e^2, and below s^2, both times t^2: t may be 0
@@ -450,23 +453,14 @@ def describe(config, frames, height, width, words=8):
              **({"  MA-branch": first.mixer.ma, "  TE-branch": first.mixer.tesa} if mate else {"  full attention": first.mixer}),
              "  cross-attention": first.cross, "  feed-forward": first.mlp, "  modulation": first.modulation, "patch_out": model.patch_out}
     parts = {name: part for name, part in parts.items() if part is not None}
-    flops = {}
-    for name, part in parts.items():                            # each part counts what passes while it runs
-        counter = FlopCounterMode(display=False)
-
-        def start(part, inputs, counter=counter):
-            counter.__enter__()
-
-        def stop(part, inputs, out, counter=counter, name=name):
-            counter.__exit__(None, None, None)
-            flops[name], shapes[name] = counter.get_total_flops() // 2, tuple(out.shape)
-        part.register_forward_pre_hook(start)
-        part.register_forward_hook(stop)
-    with FlopCounterMode(display=False) as whole:
+    for name, part in parts.items():
+        part.register_forward_hook(lambda part, inputs, out, name=name: shapes.update({name: tuple(out.shape)}))
+    with FlopCounterMode(display=False) as counter:
         out = model(clip, t, text)
+    flops, paths = counter.get_flop_counts(), {part: f"LinGen.{path}" for path, part in model.named_modules()}
     count = lambda module: sum(p.numel() for p in module.parameters())
-    rows = [(name, shapes[name], count(part), flops[name]) for name, part in parts.items()]
-    return rows + [(f"whole model ({config.depth} blocks)", tuple(out.shape), count(model), whole.get_total_flops() // 2)]
+    rows = [(name, shapes[name], count(part), sum(flops[paths[part]].values()) // 2) for name, part in parts.items()]
+    return rows + [(f"whole model ({config.depth} blocks)", tuple(out.shape), count(model), counter.get_total_flops() // 2)]
 
 
 def main():

@@ -5,7 +5,7 @@ a *selective state space model* can be read as a recurrence, as a masked attenti
 chunks that use the matrix inside and the recurrence between. Per head, with a_t = dt_t * A <= 0:
 
     recurrent   h_t = exp(a_t) h_{t-1} + dt_t x_t B_t^T          y_t = h_t C_t + D x_t
-    quadratic   y   = (L o C B^T)(dt x) + D x                    L_ij = exp(a_{j+1} + ... + a_i), i >= j
+    quadratic   y   = (L o C B^T)(dt x) + D x                    L_ij = exp(a_{j+1} + ... + a_i) for i >= j, else 0
     chunked     the quadratic form inside each chunk of Q tokens, one state per chunk for the past
 
 (o multiplies entry by entry; D x is a skip past the state, and a layer's gate z multiplies y by silu(z).)
@@ -21,7 +21,8 @@ O(length) and is the one that LinGen runs. Read in this order: `ssd_recurrent` (
 `_ChunkedScan`, which is the plain form again, arranged for speed and with its gradient written by hand.
 
     b batch    l length    h heads    p headdim    n d_state    g groups of heads that share B and C
-    r = h / g  heads per group        c chunks     Q chunk_size    i, j positions inside a chunk
+    r = h / g  heads per group        c chunks     Q chunk_size    h_t, with an index: the state
+    i, j positions (in the chunked form: inside the chunk)
 
     x, y, z (b, l, h, p)   dt (b, l, h)   A (h)   B, C (b, l, g, n)   D (h) or (h, p)   state (b, h, p, n)
 
@@ -46,8 +47,8 @@ INF = math.inf
 def _prepare(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit):
     """Check the arguments; return dt, a = dt * A, B, C, the initial state and the sequence starts, ready to scan.
 
-    Sums and states are kept in at least float32: in half precision a running sum of dt * A stops moving
-    once it is some 256 times larger than what is added.
+    Sums and states are kept in at least float32: in bfloat16 a running sum of dt * A stops moving
+    once it is some 256 times larger than what is added (in float16, 2048 times).
     """
     if not isinstance(x, torch.Tensor) or x.dim() != 4 or not x.is_floating_point():
         got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
@@ -115,7 +116,8 @@ def ssd_recurrent(x, dt, A, B, C, *, D=None, z=None, dt_bias=None, initial_state
         dt_bias (h), dt_softplus, dt_limit: the step is clamp(softplus(dt + dt_bias), *dt_limit).
         initial_states (b, h, p, n): the state before the first token.
         seq_idx (b, l), integer: tokens of several sequences packed in one row; where the number changes, the
-            state is emptied. The initial state belongs to the first sequence.
+            state is emptied. A number must not come back later in the row (the layer's convolution tells sequences
+            apart by it). The initial state belongs to the first sequence.
     Returns y (b, l, h, p) in the dtype of x; with return_final_states also the last state (b, h, p, n), in
         float32 for half-precision inputs.
     Raises ValueError where shapes, dtypes or devices do not fit.
@@ -147,9 +149,8 @@ def segment_sums(a, starts=None):
     masking the result to 0 afterwards still gives 0 * inf = NaN in the backward pass.
     """
     l = a.shape[-1]
-    below = torch.ones(l, l, dtype=torch.bool, device=a.device).tril(-1)
-    sums = a[..., :, None].expand(*a.shape, l).masked_fill(~below, 0).cumsum(-2)         # (..., i, j)
-    allowed = below | torch.eye(l, dtype=torch.bool, device=a.device)
+    allowed = torch.ones(l, l, dtype=torch.bool, device=a.device).tril()
+    sums = a[..., :, None].expand(*a.shape, l).masked_fill(~allowed.tril(-1), 0).cumsum(-2)      # (..., i, j)
     if starts is not None:                                          # i and j lie in the same packed sequence
         sequence = starts.cumsum(-1)
         allowed = allowed & (sequence[..., :, None] == sequence[..., None, :])
@@ -317,7 +318,9 @@ def choose_backend(backend, device):
 
 def ssd(x, dt, A, B, C, chunk_size=32, backend="auto", both=False, **options):
     """The scan on the chosen backend, from the left or, with `both`, the sum of both directions."""
-    if choose_backend(backend if x.dtype != torch.float64 or backend == "mamba_ssm" else "torch", x.device) == "torch":
+    if backend == "auto" and x.dtype == torch.float64:
+        backend = "torch"                               # mamba-ssm's kernels know no float64
+    if choose_backend(backend, x.device) == "torch":
         return (ssd_bidirectional if both else ssd_chunked)(x, dt, A, B, C, chunk_size, **options)
     scan, _ = _official_scan()
     if not both:
@@ -356,7 +359,6 @@ class Mamba2(nn.Module):
     Raises ValueError where expand * d_model is no multiple of headdim, or ngroups does not divide the heads.
     """
 
-    taps_ahead = 0                          # how many of the convolution's d_conv taps look at later tokens
     both = False                            # scan in both directions
 
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1, A_init_range=(1, 16),
@@ -376,6 +378,7 @@ class Mamba2(nn.Module):
             raise ValueError(f"ngroups must divide nheads = expand * d_model / headdim: got ngroups={ngroups}, nheads={self.nheads}")
         self.d_model, self.d_inner, self.d_state, self.d_conv, self.headdim, self.ngroups = d_model, d_inner, d_state, d_conv, headdim, ngroups
         self.dt_limit, self.chunk_size, self.backend = dt_limit, chunk_size, backend
+        self.taps_ahead = d_conv // 2 if self.both else 0               # of the convolution's d_conv taps: they look at later tokens
         d_conv_in = d_inner + 2 * ngroups * d_state                                     # x, B, C
         self.in_proj = nn.Linear(d_model, d_inner + d_conv_in + self.nheads, bias=bias)     # z, x, B, C, dt
         self.conv1d = nn.Conv1d(d_conv_in, d_conv_in, d_conv, groups=d_conv_in, padding=d_conv - 1, bias=conv_bias)
@@ -400,7 +403,8 @@ class Mamba2(nn.Module):
         x = x.unflatten(-1, (-1, self.headdim))                                         # (b, l, h, p)
         B, C = (t.unflatten(-1, (self.ngroups, -1)) for t in (B, C))                    # (b, l, g, n)
         packed = {} if seq_idx is None else {"seq_idx": seq_idx}
-        y = ssd(x, dt, -torch.exp(self.A_log.float()), B, C, self.chunk_size, self.backend, self.both, D=self.D,
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        y = ssd(x, dt, A, B, C, self.chunk_size, self.backend, self.both, D=self.D,
                 dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit, **packed)
         return self.out_proj(self.norm(y.flatten(2), z))
 
@@ -424,17 +428,14 @@ class BidirectionalMamba2(Mamba2):
 
     Choice, the paper being silent: the two directions share all weights, so that this layer has the parameters of
     one Mamba2 and takes its state_dict (weights, not equal outputs), and their outputs are added before the gated
-    norm. Sharing also lets the scan do once what both need (see `ssd_bidirectional`). The convolution, shared too,
-    looks to both sides.
+    norm. Sharing also lets the scan do once what both need (see `ssd_bidirectional`). The convolution, shared too and
+    not mirrored, looks to both sides: with d_conv = 4 a token sees one before, itself and two after, so that the layer
+    is not exactly symmetric under reversal.
     """
 
     both = True
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.taps_ahead = self.d_conv // 2
-
-    def forward(self, u):
+    def forward(self, u):                   # no seq_idx: the scan of both directions takes none
         return super().forward(u)
 
 
@@ -445,7 +446,7 @@ class _Chunks:
     """What the forward and the backward pass of `_ChunkedScan` share: decays, views of the inputs, state passing.
 
     Layouts: per token (b, c, g, Q, r, .), per head (b, c, g, r, Q, .), states at the borders of the chunks
-    (b, c + 1, g, n, r p), border i left of chunk i. Where k stands for c, it counts the few chunks of one segment.
+    (b, c + 1, g, n, r p), border i left of chunk i. As an argument, c is a slice: the k chunks of one segment.
     Lists have one entry per direction: `into` is the decay from the edge where the state comes in to a token,
     `out` from a token to the edge where it leaves, `weight` = out * dt, `total` the decay of a whole chunk.
     """
@@ -475,21 +476,20 @@ class _Chunks:
         self.total = total                                                          # (b, c, g, 1, r)
         # So many chunks at a time that a matrix per head fits in a core's cache; a GPU wants more work at once.
         size = x.shape[0] * x.shape[2] * Q * max(Q, self.p)
-        self.step = max(1, (_SEGMENT if x.device.type == "cpu" else 2**26) // size)
+        self.step = min(self.dt.shape[1], max(1, (_SEGMENT if x.device.type == "cpu" else 2**26) // size))
 
     def segments(self, dy=None):
         """Yield the chunks' slice and, per token, x, B, C and dy of a few chunks at a time: views where they can be."""
         for first in range(0, self.dt.shape[1], self.step):
             c = slice(first, min(first + self.step, self.dt.shape[1]))
             cut = lambda t: _chunks(t[:, c.start * self.Q : c.stop * self.Q], self.Q)
-            x, *rest = (cut(t) for t in self.inputs + (() if dy is None else (dy,)))
+            x, B, C, *rest = (cut(t) for t in self.inputs + (() if dy is None else (dy,)))
             heads = lambda t: t.unflatten(3, (-1, self.r)).transpose(2, 3)          # (b, k, Q, h, p) -> (b, k, g, Q, r, p)
-            B, C = (t.transpose(2, 3) for t in rest[:2])                            # (b, k, g, Q, n)
-            yield (c, heads(x), B, C) if dy is None else (c, heads(x), B, C, heads(rest[2]))
+            yield c, heads(x), B.transpose(2, 3), C.transpose(2, 3), *map(heads, rest)      # B, C: (b, k, g, Q, n)
 
     def decays(self, c):
-        """L (b, k, g, r, Q, Q), before `mask`: above the diagonal, where exp could overflow, stand ones; in both
-        directions the decays of the reversed scan, and 2 on the diagonal.
+        """L (b, k, g, r, Q, Q), before `mask`. On and below the diagonal stand the forward scan's decays; above it ones, which
+        `mask` removes (their true exp could overflow), or, for both directions, the reversed scan's, and 2 on the diagonal.
 
         Its exponents are differences of two running sums, as in mamba-ssm: faster than summing term by term, at the
         price of some digits where a chunk holds a very strong decay.
@@ -565,13 +565,13 @@ class _ChunkedScan(torch.autograd.Function):
         states = [chunks.new_states(None if keep else chunks.step)] + [chunks.new_states()] * both
         if state is not None:
             states[0][:, 0] = state
-        if both:                                        # what comes from the right must be there before the left begins
+        if both:                                        # the loop below reads both states: this one must be complete before it
             for c, x_c, B_c, _ in chunks.segments():
                 add(states[1], 1, c, c, x_c, B_c)
             chunks.pass_on(states[1], 1, slice(0, nchunks))
         y = chunks.dt.new_empty(b, nchunks, Q, g, r, chunks.p)
         for c, x_c, B_c, C_c in chunks.segments():
-            at = c if keep else slice(0, c.stop - c.start)
+            at = c if keep else slice(0, c.stop - c.start)                  # where the segment's borders stand in states[0]
             add(states[0], 0, c, at, x_c, B_c)
             chunks.pass_on(states[0], 0, c, at.start)                       # step 3: from border to border
             M = chunks.decays(c).mul_(chunks.mask(c, C_c @ B_c.mT).unsqueeze(3))        # (b, k, g, r, Q, Q)
@@ -584,7 +584,7 @@ class _ChunkedScan(torch.autograd.Function):
             if not keep:
                 states[0][:, 0] = final
         ctx.save_for_backward(x, dt, a, B, C, starts, *states)
-        ctx.options = Q, both, state is not None
+        ctx.options = Q, both
         return y.flatten(3, 4).flatten(1, 2)[:, : x.shape[1]], final.clone()
 
     @staticmethod
@@ -596,7 +596,7 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     def gradients(ctx, dy, dfinal):
         x, dt, a, B, C, starts, *states = ctx.saved_tensors
-        Q, both, has_state = ctx.options
+        Q, both = ctx.options
         chunks = _Chunks(x, dt, a, B, C, starts, Q, both)
         b, nchunks, g, _, r = chunks.dt.shape
         dx = chunks.dt.new_empty(b, nchunks, Q, g, r, chunks.p).transpose(2, 3)     # all of these per token
@@ -639,7 +639,7 @@ class _ChunkedScan(torch.autograd.Function):
             for way in range(len(states)):
                 entering, leaving = chunks.edges(c, way)
                 state, dstate = states[way][:, entering], dstates[way][:, leaving]      # (b, k, g, n, r p)
-                # Step 4: y read into * C state. d_into is the gradient of the exponent, that of `into` times `into`.
+                # Step 4: y got into * (C state). d_into: the gradient of the exponent of `into`, that of `into` times `into`.
                 asked = (chunks.into[way][:, c] * dy_c).flatten(-2)         # (b, k, g, Q, r p)
                 dC_c += asked @ state.mT
                 d_into = (asked * (C_c @ state)).unflatten(-1, (r, -1)).sum(-1)         # (b, k, g, Q, r)
@@ -659,7 +659,7 @@ class _ChunkedScan(torch.autograd.Function):
 
         # Per token -> (b, l, ...): (b, c, g, Q, ...) -> (b, c, Q, g, ...) -> (b, c Q, g, ...), cut to length.
         dx, dB, dC, ddt, da = (t.transpose(2, 3).flatten(1, 2)[:, : x.shape[1]] for t in (dx, dB, dC, ddt, da))
-        dstate = dstates[0][:, 0] if has_state else None
+        dstate = dstates[0][:, 0] if ctx.needs_input_grad[5] else None
         return dx.flatten(2, 3).to(x.dtype), ddt.flatten(2), da.flatten(2), dB, dC, dstate, None, None, None, None
 
 

@@ -184,9 +184,10 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     period: frames after which the noise repeats, see `white_noise`; 0: never.
     A model of a torus (config.torus) is asked from another place at every step: a clip that is rolled around is as good
     a clip, but the borders of patches and of the scan, where mistakes are made, fall elsewhere, and those do not add up.
-    A world of whole-pixel steps on a torus as wide as `period` is a ring in time, too. There a clip of a round or more is made in
-    whole rounds, asked from another frame at every step, and cut to length in the end: a token holds several frames, and where two
-    meet in time shapes jumped.
+    If that torus is `period` pixels wide, a world of whole-pixel steps is back where it was after `period` frames: time is a ring
+    as well. Clips of a period or more are then made in whole periods, rolled along time, too, before each question, and cut
+    to length in the end. Otherwise the borders between tokens, which hold several frames, would always fall on the same
+    frames, and shapes jumped there.
     Raises ValueError for wrong arguments, FloatingPointError if the result holds NaN or infinity.
     """
     import torch
@@ -316,7 +317,7 @@ def load_checkpoint(path) -> dict:
 
 
 def load_model(path, device="cpu", backend=None):
-    """(model in float32 and eval mode on `device`, checkpoint); `backend` overrules that of the checkpoint's config.
+    """(model in float32 and eval mode on `device`, its words as model.vocabulary; checkpoint). `backend` overrules that of the checkpoint's config.
 
     Raises what `load_checkpoint` raises, and ValueError where the weights do not fit the config.
     """
@@ -352,6 +353,7 @@ def load_model(path, device="cpu", backend=None):
         raise ValueError(f"{show(path)} does not fit its own config: {error}; take one that this train_tiny.py "
                          "wrote") from None
     model.load_state_dict(checkpoint["weights"])  # float16 in the file becomes the float32 of the model
+    model.vocabulary = checkpoint["vocabulary"]
     return model.eval().to(device), checkpoint
 
 
@@ -607,7 +609,7 @@ def run(args, model, checkpoint, settings, texts):
 
     def keep(step, x1):
         if step in shown:
-            snapshots.append((f"step {step + 1}, t = {ts[step]:.2f}", to_frames(x1[0].clamp(-1, 1))[columns]))
+            snapshots.append((f"step {step + 1}, t = {ts[step]:.2f}", to_frames(x1[0])[columns]))
 
     for i, (caption, text, path) in enumerate(zip(args.captions, texts, args.paths)):
         seed = (settings["seed"] + i) % 2**32

@@ -5,7 +5,7 @@ gives every block a second branch, *TESA* (fig. 5 of the paper): cut the grid in
 let the tokens of one window attend to each other with plain softmax attention. In every second layer
 the windows are shifted by half a window, so that what was a border lies inside a window and, layer by
 layer, a token hears from ever farther away. The window keeps its size at every resolution and length:
-a token attends to m others however long the clip, so the cost is linear in the number of tokens.
+a token attends to at most the m tokens of its window however long the clip, so the cost is linear in the number of tokens.
 
     even layer, window 4:   0 1 2 3 | 4 5 6 7
     odd layer, shift 2:     0 1 | 2 3 4 5 | 6 7
@@ -54,7 +54,7 @@ def windows(shape, window, shift):
     if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
         raise ValueError(f"shape is {tuple(shape)}; expected three sizes (t, h, w) of at least 1")
     window, shift = fit(shape, window, shift)
-    number = torch.zeros(1, 1, 1, dtype=torch.int64, device="cpu")
+    number = torch.zeros(1, 1, 1, dtype=torch.int64, device="cpu")  # also under torch.device("meta"): the values are needed
     for axis, (size, win, by) in enumerate(zip(shape, window, shift)):
         along = (torch.arange(size, device="cpu") - by) // win
         along = (along - along[0]).view([-1 if i == axis else 1 for i in range(3)])  # the first is number 0
@@ -102,23 +102,23 @@ def window_mask(shape, window, shift, device):
 @torch.inference_mode(False)
 def rotation(window, e, dtype, device, around=(False, False, False), travel=False):
     """Rotary positions: the angles (m, e) by which queries and keys are turned for their place in the window; and, for
-    places that drift, the moment of each token, (m, 1), and the turn of one token along h and w, (2, e).
+    places that drift, the moment of each token, (m, 1), and `turn`, the angle that one step along h and one along w add, (2, e).
 
     The e/2 pairs of features (i, i + e/2) take the axes t, h, w in turn, each with wavelengths from about 2
     to 14 tokens. A score then depends on places through their differences alone. An axis that goes around, its last
     token next to its first, has waves that go around in whole turns instead: lengths size/1, size/2, ... to about 2, and
     then these again. travel: one pair in eight (of fewer, the last) for t, the others for h and w in turn.
     """
-    place = torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in window)).view(-1, 3).double()  # (m, 3)
+    place = torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in window)).double()  # (m, 3)
     axes = [(0 if pair % 8 == min(7, e // 2 - 1) else 1 + (pair - pair // 8) % 2) if travel else pair % 3 for pair in range(e // 2)]
     turn = torch.zeros(3, e, dtype=torch.float64, device="cpu")  # by one step along t, h, w; an odd feature left over keeps 0
     for axis in range(3):
         own = [pair for pair in range(e // 2) if axes[pair] == axis]
         for i, pair in enumerate(own):
-            wave = math.pi * 2 ** (-3 * (i + 0.5) / len(own))
+            angle = math.pi * 2 ** (-3 * (i + 0.5) / len(own))  # 2 pi / wavelength
             if around[axis]:
-                wave = 2 * math.pi / window[axis] * (1 + i % max(1, window[axis] // 2))
-            turn[axis, pair] = turn[axis, pair + e // 2] = wave
+                angle = 2 * math.pi / window[axis] * (1 + i % max(1, window[axis] // 2))
+            turn[axis, pair] = turn[axis, pair + e // 2] = angle
     angles = (place[:, :, None] * turn).sum(1)  # (m, e); no matrix product, which counters of operations would count
     return angles.to(device, dtype), place[:, :1].to(device, dtype), turn[1:].to(device, dtype)
 
@@ -146,7 +146,7 @@ class TemporalSwinAttention(nn.Module):
 
     choice: with `travel`, positions drift, each head's at a pace of its own. What flies along at that pace keeps its place, so
     that one query, "here", finds it at all times. With angles along t, h and w alone a query can ask for "one step later, one
-    to the left", but not for "k steps later, k to the left" for every k at once. There the queries'
+    to the left", but not for "k steps later, k to the left" for every k at once. With `travel` the queries'
     biases begin at 1 too: a new head looks at its own place at all moments, which is right as soon as the drift is.
     """
 
@@ -202,7 +202,7 @@ def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(e)) v over the last two axes; mask bool, True where a query may attend.
 
     Every query needs a key that it may attend. On a CPU, torch's fused kernel is made for long sequences: over fewer
-    keys, a caption's or a small window's, plain products are as fast, and where they may round to bfloat16 several times faster.
+    keys, a caption's or a small window's, plain products are as fast, and under autocast to bfloat16 several times faster.
     """
     if q.device.type != "cpu" or k.shape[-2] >= 256:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -207,14 +207,14 @@ def caption(specs, generator=None, still=False, plain=False):
     return " and ".join(phrases)
 
 
-def make_batch(n, frames, generator, size=32, objects=1, held_out_only=False, plain=False, meet=0.0):
+def make_batch(n, frames, generator, size=32, objects=1, held_out_only=False, meet=0.0):
     """n clips with captions: float32 (n, 3, frames, size, size), list of n str, specs int64 (n, objects, 5).
 
     One frame is a still image, captioned without motion. All chance comes from the (CPU) generator. meet: see `random_starts`.
     """
     specs = random_specs(n, generator, objects, held_out_only)
     clips = render(specs, random_starts(specs, frames, generator, size, meet), frames, size)
-    return clips, [caption(s, generator, still=frames == 1, plain=plain) for s in specs], specs
+    return clips, [caption(s, generator, still=frames == 1) for s in specs], specs
 
 
 # ---- 2. The recipe -------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class Stage:
 # last. Every stage costs about the same per step, since fewer frames come in larger batches.
 STAGES = (Stage(1, 64, 0.04), Stage(4, 48, 0.10), Stage(16, 16, 0.70), Stage(64, 4, 0.10), Stage(256, 1, 0.06))
 IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
-LONG_EVERY = 2          # in the stages of long clips every second step shows one, the others clips of 16 frames: on long ones alone it unlearns those
+LONG_EVERY = 2          # in the stages of long clips the odd steps show 16 frames, the others (but for the pictures) long clips: on these alone it unlearns those
 ONE_EVERY = 3           # with --objects 2, every third step shows one object, the others two
 MEET = 0.25             # share of the clips of two objects that leave it to chance whether they meet. The sampler chooses places near the noise,
                         # before it can be seen that the ways of two objects cross; who never saw two meet cannot draw it then
@@ -259,6 +259,14 @@ def stage_at(step, steps):
         if step < round(done * steps):
             break
     return stage
+
+
+def shown_at(step, steps):
+    """The stage whose clips a step shows: its own, or an earlier one that is mixed in."""
+    stage = stage_at(step, steps)
+    if stage.frames > 16 and step % LONG_EVERY:
+        stage = [shorter for shorter in STAGES if shorter.frames <= 16][-1]
+    return STAGES[0] if stage.frames > 1 and step % IMAGES_EVERY == 0 else stage
 
 
 def nearer_to_noise(logit, frames):
@@ -287,11 +295,7 @@ def training_batch(step, steps, seed, objects=1):
     where there is nothing to rehearse, and the noise of those, like clips.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    stage = stage_at(step, steps)
-    if stage.frames > 16 and step % LONG_EVERY:
-        stage = [shorter for shorter in STAGES if shorter.frames <= 16][-1]
-    if stage.frames > 1 and step % IMAGES_EVERY == 0:
-        stage = STAGES[0]
+    stage = shown_at(step, steps)
     several = objects if objects == 1 or step % ONE_EVERY else 1
     clips, captions, _ = make_batch(stage.batch, stage.frames, generator, objects=several, meet=MEET)
     text = sample.encode(captions, VOCABULARY)                                              # (b, n)
@@ -382,7 +386,7 @@ def make_optimizers(model, rate):
     for name, p in model.named_parameters():
         inside = name.startswith("blocks") and p.dim() == 2 and "modulation" not in name
         (matrices if inside else rest).append(p)
-    return [Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+    return [Muon(matrices, lr=rate, weight_decay=0.01), torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def learning_rate(step, steps, rate):
@@ -570,7 +574,10 @@ def begin(args):
     settings = {name: getattr(args, name) for name in ("steps", "seed", "objects", "rate")}
     run = Run(lingen.preset("tiny", vocab_size=len(VOCABULARY)), settings, device)
     if checkpoint:
-        run.restore(checkpoint)
+        try:
+            run.restore(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"{sample.show(out)}: {error}") from None
     elif args.weights:
         run.take(args.weights)
     if rank == 0:
@@ -626,9 +633,10 @@ def train(args, run, out, rank, world):
         raise FloatingPointError(f"{error}, and another --out; " + ("nothing had been saved yet" if kept is None else f"the checkpoint of step {kept} stays as it was")) from None
     except (MemoryError, RuntimeError) as error:
         if sample.out_of_memory(error):
-            stage = stage_at(run.step, args.steps)
-            raise MemoryError(f"out of memory at step {run.step}, on {stage.batch} clips of {stage.frames} frames{sample.asked(error)}: half of `batch` in STAGES "
-                              f"takes half of it, two processes (torchrun) share it; or close other programs, or try --device cpu; {whole()}") from None
+            stage = shown_at(run.step, args.steps)
+            smaller = "half of `batch` in STAGES takes half of it, two processes (torchrun) share it" if stage.batch > 1 else "leave out the last of STAGES"
+            raise MemoryError(f"out of memory at step {run.step}, on {stage.batch} clip{'s' * (stage.batch > 1)} of {stage.frames} frames{sample.asked(error)}: {smaller}; "
+                              f"or close other programs, or try --device cpu; {whole()}") from None
         if world == 1:
             raise
         raise ChildProcessError(f"step {run.step}: another process of this run has ended, or cannot be reached ({error!s:.200}); {whole()}, in all processes") from None
@@ -643,7 +651,7 @@ def train(args, run, out, rank, world):
     except OSError as error:
         raise OSError(f"step {run.step} could not be saved ({sample.plain(error)}); {whole()}") from None
     if stop or run.step < args.steps:
-        say(f"stopped at step {run.step} of {args.steps}; go on with the same command and --resume")
+        say(f"stopped at step {run.step} of {args.steps}; go on with the same command and --resume{' in the place of --weights' if args.weights else ''}")
         return 128 + (stop or [signal.SIGINT])[0]
     if rank == 0:
         print(f"wrote {out}")
@@ -666,7 +674,7 @@ def main(argv=None):
     add("--out", default="runs/tiny.pt", help="the checkpoint (default runs/tiny.pt); a preview is written beside it")
     add("--resume", action="store_true", help="go on with the run in --out; a finished one goes on if --steps is larger")
     add("--weights", metavar="CHECKPOINT", help="begin with the weights of this one instead of at random (with another --seed, or it sees the same data again)")
-    add("--steps", type=int, default=2000, help="of all stages together (default 2000: 16 to 35 minutes on two CPU cores)")
+    add("--steps", type=int, default=2000, help="of all stages together (default 2000: 20 to 40 minutes on one or two CPU cores)")
     add("--seed", type=int, default=0, help="of the weights and the data")
     add("--objects", type=int, choices=(1, 2), default=1, help="2: the second level, clips with two objects among those with one")
     add("--rate", type=float, default=2e-3, help="learning rate of both optimisers (default 0.002)")

@@ -27,6 +27,9 @@ import train_tiny  # noqa: E402
 from benchmarks import common, pictures  # noqa: E402
 
 
+TWO = "a red circle moving slowly right and a blue square moving quickly up"
+
+
 def look(model, clips, text, t):
     """What TESA attends to, a list over layers of (b, heads, 256, 256): rows ask, columns are looked at."""
     maps, attend = [], tesa.attend
@@ -65,16 +68,10 @@ def measure(model, vocabulary, n, seed):
     return clips, shares, maps, holds
 
 
-def meant(model, vocabulary):
-    """How TESA's positions drift for each motion: rows of caption, its truth and that of each head, (y, x) in tokens a step."""
-    rows = []
-    for way, direction in enumerate(train_tiny.DIRECTIONS):
-        for fast, speed in enumerate(train_tiny.SPEEDS):
-            said = train_tiny.caption(torch.tensor([[0, 0, way, fast, 0]]), plain=True)
-            with torch.no_grad():
-                drift = model.drift(*model.read(sample.encode([said], vocabulary)))[0]           # (heads, 2)
-            rows.append((f"{speed} {direction}", train_tiny.STEPS[way, fast].flip(0).tolist(), drift.tolist()))
-    return rows
+def meant(model, vocabulary, caption):
+    """How TESA's positions drift by a caption: of each head (y, x), in tokens a step."""
+    with torch.no_grad():
+        return model.drift(*model.read(sample.encode([caption], vocabulary)))[0].tolist()        # (heads, 2)
 
 
 def draw(clip, seen, asking, patch, scale=4):
@@ -110,8 +107,12 @@ def main():
     table.wrote()
     if model.motion is not None:
         print(f"\nwhich drift the words mean, rows and columns of tokens per step of {model.config.patch[0]} frames:")
-        for words, truth, heads in meant(model, checkpoint["vocabulary"]):
-            print(f"{words:20} truth ({truth[0]:2}, {truth[1]:2})   heads " + ", ".join(f"({y:5.2f}, {x:5.2f})" for y, x in heads))
+        say = lambda heads: "heads " + ", ".join(f"({y:5.2f}, {x:5.2f})" for y, x in heads)
+        for way, direction in enumerate(train_tiny.DIRECTIONS):
+            for fast, speed in enumerate(train_tiny.SPEEDS):
+                caption, (x, y) = train_tiny.caption(torch.tensor([[0, 0, way, fast, 0]]), plain=True), train_tiny.STEPS[way, fast].tolist()
+                print(f"{speed + ' ' + direction:20} truth ({y:2}, {x:2})   {say(meant(model, checkpoint['vocabulary'], caption))}")
+        print(f"{TWO}:\n{'':37}{say(meant(model, checkpoint['vocabulary'], TWO))}")
     layer, head = divmod(int(shares.argmax()), shares.shape[1])
     shape = holds[0].nonzero()[:, 0]                                                             # the first clip's tokens
     asking = int(shape[len(shape) // 3])

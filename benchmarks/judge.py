@@ -3,7 +3,8 @@
     python train_tiny.py --evaluate assets/tiny.pt
 
 A clip is right if *every frame* is: the attributes that the caption names, one connected piece per object and
-nothing else, a steady size, form and step, and the ideal picture overlapped by 0.85. The judge knows the renderer
+nothing else, a steady size, form and step, and the ideal picture overlapped by 0.85. Where two objects touch or cover
+each other, only both together are held against the ideal, and how they move must still be right. The judge knows the renderer
 of the toy world, hence the ideal picture. Letters and tables as in train_tiny.py.
 """
 import math
@@ -286,9 +287,9 @@ def summary(records):
 # ---- a whole checkpoint ------------------------------------------------------------------------------
 
 
-def clips_for(model, captions, frames, options, seed, batch=16):
+def clips_for(model, captions, frames, options, seed):
     """Sample clips for captions, a few at a time so that memory stays small: (n, 3, frames, 32, 32)."""
-    step = max(1, batch * 16 // frames)
+    step = max(1, 256 // frames)
     parts = []
     for i in tqdm(range(0, len(captions), step), unit=f" x {step} clips", disable=not sys.stderr.isatty(), leave=False):
         text = sample.encode(captions[i : i + step], model.vocabulary)
@@ -308,7 +309,6 @@ def evaluate(model, checkpoint, n=100, frames=16, objects=1, seed=0):
     """Print how right a checkpoint, as `sample.load_model` returns it, is: captions of combinations seen in training,
     and of those held out of it."""
     torch.set_float32_matmul_precision("medium")
-    model.vocabulary = checkpoint["vocabulary"]
     options = sample.steps_for(checkpoint["sampling"])
     results = [score(model, n, frames, options, objects, held, seed) for held in (False, True)]
     seen, new = (result for _, result in results)

@@ -63,7 +63,6 @@ def main():
         parser.error(f"--period is {args.period}; expected 0 to 4096")
     torch.set_float32_matmul_precision("medium")                                    # as in training and in sample.py
     model, checkpoint = sample.load_model(args.checkpoint, sample.choose_device(args.device))
-    model.vocabulary = checkpoint["vocabulary"]
     options = sample.steps_for(checkpoint["sampling"]) | ({} if args.period is None else {"period": args.period})
     table = common.Table(Path(args.out) / "minute.csv")
     for frames in tqdm(args.frames, unit="length", leave=False, disable=None):

@@ -51,16 +51,16 @@ def watch(path, target, captions):
     """Judge the checkpoint at `path` whenever it is a twentieth of its run further, until the run is over.
 
     Adds a row to the CSV `target` each time, and yields what the checkpoint says of its training. Judged is the average
-    of the weights, by captions of combinations that training never shows.
+    of the weights, by captions of combinations that training never shows, with as many objects as it shows.
     """
     table, done = common.Table(target, resume=True, quiet=True), 0
     while True:
         model, checkpoint = sample.load_model(path, "cpu")
-        model.vocabulary, training = checkpoint["vocabulary"], training_of(checkpoint, path)
+        training = training_of(checkpoint, path)
         step, steps = training["step"], training["steps"]
         if step >= done + steps / 20 or step == steps > done:
             done = step
-            _, result = score(model, captions, 16, sample.steps_for(checkpoint["sampling"]), held_out_only=True)
+            _, result = score(model, captions, 16, sample.steps_for(checkpoint["sampling"]), training["objects"], held_out_only=True)
             table.rows = [row for row in of_run(table.rows, training) if int(row["step"]) < step]
             table.add(step=step, loss=training["losses"][-1][1], **{name: round(result[name], 4) for name in JUDGED})
             print(f"step {step}: " + ", ".join(f"{name.removesuffix('_ok').replace('_', ' ')} {100 * result[name]:.0f} %" for name in JUDGED), flush=True)

@@ -44,7 +44,7 @@ def test_choices_name_switches_that_exist():
             elif len(parts) == 2:
                 assert hasattr(getattr(importlib.import_module("lingen"), parts[0]), parts[1]), name
             else:
-                assert name in fields or name in importlib.import_module("sample").LIMITS or any(hasattr(importlib.import_module(m), name) for m in MODULES) or f" {name} = " in (ROOT / "mamba2_ref.py").read_text(), name
+                assert name in fields or name in importlib.import_module("sample").LIMITS or any(hasattr(importlib.import_module(m), name) for m in MODULES) or f"self.{name} = " in (ROOT / "mamba2_ref.py").read_text(), name
 
 
 def test_every_exercise_has_its_solution():
