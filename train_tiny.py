@@ -684,6 +684,7 @@ def main(argv=None):
     instead("--evaluate", metavar="CHECKPOINT", help="do not train: sample clips and hold them against their captions")
     add("--captions", type=int, default=100, help="how many, with --evaluate (default 100)")
     add("--frames", type=int, default=16, help="per clip, with --evaluate (default 16)")
+    add("--guidance", type=float, help="of the sampler, with --evaluate (default: the checkpoint's; other than 1 takes twice the time)")
     instead("--publish", nargs=2, metavar=("FROM", "TO"), help="do not train: cut a checkpoint down to what sampling needs")
     instead("--examples", metavar="FILE.png", help="do not train: draw examples of the data with their captions")
     wrong = 2
@@ -695,6 +696,9 @@ def main(argv=None):
         if args.evaluate:
             from benchmarks.judge import evaluate
             model, checkpoint = sample.load_model(args.evaluate, sample.choose_device(args.device))
+            if args.guidance is not None:
+                sample.check({"guidance": args.guidance})
+                checkpoint["sampling"]["guidance"] = args.guidance
             sample.check_shape(model.config, args.frames, 32, 32)
             wrong = 1
             evaluate(model, checkpoint, args.captions, args.frames, args.objects, args.seed)
