@@ -121,23 +121,22 @@ def draw_shapes(half, centre, size):
     return (0.5 - torch.stack([circle, square, triangle, cross], 1)).clamp(0, 1)           # (n, 4, h, w)
 
 
-def random_starts(specs, frames, generator, size=32, meet=0.0):
-    """Places in frame 0: float32 (b, k, 2). Uniform; two objects keep as far apart as 32 tries allow.
+def random_starts(specs, frames, generator, size=32):
+    """Places in frame 0: float32 (b, k, 2). The first object anywhere, a second where it keeps farthest from the first.
 
-    meet: in this share of the clips the first try counts, and most of those objects meet.
+    Where that is depends on the two motions alone. Were the second also put anywhere, the sampler would choose both places
+    near the noise, before it can be seen that two ways cross, and where objects meet it must know which lies on top.
     """
     b, k, _ = specs.shape
-    starts = torch.rand(b, 32 if k == 2 else 1, k, 2, generator=generator) * size          # (b, try, k, 2)
+    starts = torch.rand(b, 1, 2, generator=generator) * size                               # (b, 1, 2)
     if k == 1:
-        return starts[:, 0]
+        return starts
     step = STEPS[specs[..., 2], specs[..., 3]]                                             # (b, k, 2)
     t = torch.arange(min(frames, size))                  # whole-pixel steps: after `size` frames all repeats
-    drift = t[:, None] * (step[:, :1] - step[:, 1:])                                       # (b, t, 2)
-    gap = wrap((starts[:, :, 0] - starts[:, :, 1])[:, :, None] + drift[:, None], size)     # (b, try, t, 2)
-    best = gap.norm(dim=-1).amin(-1).argmax(1)                                             # (b,)
-    if meet:
-        best[torch.rand(b, generator=generator) < meet] = 0
-    return starts[torch.arange(b), best]                                                   # (b, k, 2)
+    drift = t[:, None] * (step[:, 1:] - step[:, :1])                                       # (b, t, 2)
+    apart = torch.cartesian_prod(torch.arange(size), torch.arange(size))                   # (size^2, 2)
+    gap = wrap(apart[:, None] + drift[:, None], size).norm(dim=-1).amin(-1)                # (b, size^2): the least over time
+    return torch.cat([starts, (starts + apart[gap.argmax(1)][:, None]) % size], 1)         # (b, k, 2)
 
 
 def roll(pictures, moved):
@@ -207,13 +206,13 @@ def caption(specs, generator=None, still=False, plain=False):
     return " and ".join(phrases)
 
 
-def make_batch(n, frames, generator, size=32, objects=1, held_out_only=False, meet=0.0):
+def make_batch(n, frames, generator, size=32, objects=1, held_out_only=False):
     """n clips with captions: float32 (n, 3, frames, size, size), list of n str, specs int64 (n, objects, 5).
 
-    One frame is a still image, captioned without motion. All chance comes from the (CPU) generator. meet: see `random_starts`.
+    One frame is a still image, captioned without motion. All chance comes from the (CPU) generator.
     """
     specs = random_specs(n, generator, objects, held_out_only)
-    clips = render(specs, random_starts(specs, frames, generator, size, meet), frames, size)
+    clips = render(specs, random_starts(specs, frames, generator, size), frames, size)
     return clips, [caption(s, generator, still=frames == 1) for s in specs], specs
 
 
@@ -235,8 +234,6 @@ STAGES = (Stage(1, 64, 0.04), Stage(4, 48, 0.10), Stage(16, 16, 0.70), Stage(64,
 IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
 LONG_EVERY = 2          # in the stages of long clips the odd steps show 16 frames, the others (but for the pictures) long clips: on these alone it unlearns those
 ONE_EVERY = 3           # with --objects 2, every third step shows one object, the others two
-MEET = 0.25             # share of the clips of two objects that leave it to chance whether they meet. The sampler chooses places near the noise,
-                        # before it can be seen that the ways of two objects cross; who never saw two meet cannot draw it then
 ANY_TIME = 0.25         # share of clips whose time is drawn evenly from 0 to 1: see `draw_times`
 OWN_FROM = 0.5          # share of the steps after which the model is also shown its own predictions: see `rehearse`
 SETTLED = -1.7          # logit of the time (16 frames) from which on a shape's place is certain: only later times are rehearsed
@@ -297,7 +294,7 @@ def training_batch(step, steps, seed, objects=1):
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     stage = shown_at(step, steps)
     several = objects if objects == 1 or step % ONE_EVERY else 1
-    clips, captions, _ = make_batch(stage.batch, stage.frames, generator, objects=several, meet=MEET)
+    clips, captions, _ = make_batch(stage.batch, stage.frames, generator, objects=several)
     text = sample.encode(captions, VOCABULARY)                                              # (b, n)
     text[torch.rand(len(text), generator=generator) < DROP] = 0
     t, noise = draw_times(len(clips), stage.frames, generator), sample.white_noise(clips.shape, generator, PERIOD)

@@ -81,15 +81,20 @@ def test_the_first_object_lies_on_top():
     assert clip[:, 0, 10, 12].tolist() == [1, -1, -1] and clip[:, 0, 10, 16].tolist() == [-1, -1, 1]
 
 
-def test_two_objects_meet_only_where_they_are_let():
-    specs = toy.random_specs(300, seeded(1), 2)
-    moved = torch.arange(16)[:, None] * (toy.STEPS[specs[:, 0, 2], specs[:, 0, 3]] - toy.STEPS[specs[:, 1, 2], specs[:, 1, 3]])[:, None]
-    near = []
-    for meet in (0.0, 0.5, 1.0):
-        starts = toy.random_starts(specs, 16, seeded(2), meet=meet)
-        gap = toy.wrap((starts[:, 0] - starts[:, 1])[:, None] + moved, 32).norm(dim=-1).amin(1)
-        near.append((gap < 6).float().mean().item())
-    assert near[0] == 0 and near[2] > 0.4 and abs(near[1] - near[2] / 2) < 0.1
+@pytest.mark.parametrize("frames", [1, 7, 16, 40])
+def test_two_objects_keep_as_far_apart_as_they_can(frames):
+    specs = toy.random_specs(30, seeded(1), 2)
+    places = toy.random_starts(specs, frames, seeded(2))                                   # (b, k, 2)
+    ways = toy.STEPS[specs[..., 2], specs[..., 3]]                                         # (b, k, 2)
+
+    def least(b, second):                                                      # by hand, pixel by pixel and frame by frame
+        away = [[(second[i] - places[b, 0, i] + t * (ways[b, 1, i] - ways[b, 0, i])).item() % 32 for i in (0, 1)] for t in range(frames)]
+        return min(math.hypot(*(min(d, 32 - d) for d in pair)) for pair in away)
+    for b in range(3):
+        best = max(least(b, places[b, 0] + torch.tensor([dx, dy])) for dx in range(32) for dy in range(32))
+        assert abs(least(b, places[b, 1]) - best) < 1e-4
+    assert min(least(b, places[b, 1]) for b in range(30)) > (7 if frames <= 16 else 4)
+    assert places.min() >= 0 and places.max() < 32 and places[:, 0].std(0).min() > 5
 
 
 @pytest.mark.parametrize("objects", [1, 2])
@@ -436,14 +441,6 @@ def test_training_never_shows_what_is_held_out_and_sometimes_hides_the_caption(s
     assert 5.7 < words / captions < 6.2                             # those that are left keep all their words
     specs = torch.cat([toy.random_specs(500, seeded(i)) for i in range(4)])
     assert not toy.held_out(specs).any()
-
-
-def test_training_shows_two_objects_that_meet(monkeypatch):
-    seen, draw = [], toy.random_starts
-    monkeypatch.setattr(toy, "random_starts", lambda *args: seen.append(args[-1]) or draw(*args))
-    toy.training_batch(5, 10, seed=0, objects=2)
-    toy.make_batch(2, 4, seeded(), objects=2)
-    assert seen == [toy.MEET, 0.0] and 0 < toy.MEET < 1
 
 
 def test_times_move_to_the_noise_as_clips_grow(monkeypatch):
