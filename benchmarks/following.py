@@ -55,12 +55,12 @@ def on_the_way(steps, grid):
     return right & down & (later != 0)
 
 
-def measure(model, vocabulary, n, seed):
+def measure(model, n, seed):
     """n clips; how much of the attention follows them, per cent (depth, heads); where layers look, as `look` says; which tokens hold a shape (n, 256)."""
     generator, patch = torch.Generator().manual_seed(seed), model.config.patch
     clips, captions, specs = train_tiny.make_batch(n, 16, generator)
     noise, t = torch.randn(clips.shape, generator=generator), torch.sigmoid(torch.tensor(train_tiny.SETTLED)).item()
-    maps = look(model, (1 - t) * noise + t * clips, sample.encode(captions, vocabulary), t)
+    maps = look(model, (1 - t) * noise + t * clips, sample.encode(captions, model.vocabulary), t)
     holds = F.max_pool3d(clips.amax(1, keepdim=True), patch, patch)[:, 0] > 0                     # (n, t, h, w)
     along = on_the_way(train_tiny.STEPS[specs[:, 0, 2], specs[:, 0, 3]], holds.shape[1:])         # (n, m, m)
     holds = holds.flatten(1)
@@ -68,10 +68,10 @@ def measure(model, vocabulary, n, seed):
     return clips, shares, maps, holds
 
 
-def meant(model, vocabulary, caption):
+def meant(model, caption):
     """How TESA's positions drift by a caption: of each head (y, x), in tokens a step."""
     with torch.no_grad():
-        return model.drift(*model.read(sample.encode([caption], vocabulary)))[0].tolist()        # (heads, 2)
+        return model.drift(*model.read(sample.encode([caption], model.vocabulary)))[0].tolist()        # (heads, 2)
 
 
 def draw(clip, seen, asking, patch, scale=4):
@@ -97,10 +97,10 @@ def main():
     if not 1 <= args.captions <= 1000:
         parser.error(f"--captions {args.captions}: choose 1 to 1000")
     pictures.check_out(parser, args.plot)
-    model, checkpoint = sample.load_model(args.checkpoint)
+    model, _ = sample.load_model(args.checkpoint)
     if model.config.mixer != "mate" or not model.config.tesa:
         parser.error(f"{args.checkpoint} is a model without TESA")
-    clips, shares, maps, holds = measure(model, checkpoint["vocabulary"], args.captions, args.seed)
+    clips, shares, maps, holds = measure(model, args.captions, args.seed)
     table = common.Table(args.out)
     for layer, heads in enumerate(shares.tolist()):
         table.add(layer=layer, **{f"head {i}": f"{share:.1f}" for i, share in enumerate(heads)})
@@ -111,8 +111,8 @@ def main():
         for way, direction in enumerate(train_tiny.DIRECTIONS):
             for fast, speed in enumerate(train_tiny.SPEEDS):
                 caption, (x, y) = train_tiny.caption(torch.tensor([[0, 0, way, fast, 0]]), plain=True), train_tiny.STEPS[way, fast].tolist()
-                print(f"{speed + ' ' + direction:20} truth ({y:2}, {x:2})   {say(meant(model, checkpoint['vocabulary'], caption))}")
-        print(f"{TWO}:\n{'':37}{say(meant(model, checkpoint['vocabulary'], TWO))}")
+                print(f"{speed + ' ' + direction:20} truth ({y:2}, {x:2})   {say(meant(model, caption))}")
+        print(f"{TWO}:\n{'':37}{say(meant(model, TWO))}")
     layer, head = divmod(int(shares.argmax()), shares.shape[1])
     shape = holds[0].nonzero()[:, 0]                                                             # the first clip's tokens
     asking = int(shape[len(shape) // 3])

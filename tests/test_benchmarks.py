@@ -211,16 +211,17 @@ def test_following_knows_where_shapes_go_and_sees_what_tesa_does(monkeypatch):
         for token in (cut[b] > -0.9).any(1).nonzero()[:, 0].tolist():
             assert same[token][way[b, token]].all()
     model = LinGen(preset("tiny", vocab_size=len(train_tiny.VOCABULARY), depth=2))
+    model.vocabulary = train_tiny.VOCABULARY
     perfect = way.float() / 3
     uniform = torch.full_like(perfect, 1 / 256)
     maps = following.look(model, clips, torch.ones(6, 3, dtype=torch.long), 0.2)
     assert [layer.shape for layer in maps] == [(6, 4, 256, 256)] * 2 and all(torch.allclose(layer.sum(-1), torch.ones(6, 4, 256)) for layer in maps)
     monkeypatch.setattr(following, "look", lambda *args: [torch.stack([perfect, uniform], 1)])
-    torch.testing.assert_close(following.measure(model, train_tiny.VOCABULARY, 6, 0)[1], torch.tensor([[100.0, 300 / 256]]))
-    assert following.meant(model, train_tiny.VOCABULARY, captions[0]) == [[0, 0]] * 4
+    torch.testing.assert_close(following.measure(model, 6, 0)[1], torch.tensor([[100.0, 300 / 256]]))
+    assert following.meant(model, captions[0]) == [[0, 0]] * 4
     with torch.no_grad():
         model.motion.bias.copy_(torch.tensor([0, 1, -0.5, 0, 0, 1] * 2))
-    assert following.meant(model, train_tiny.VOCABULARY, following.TWO) == [[1.0, -0.5], [0.0, 1.0]] * 2
+    assert following.meant(model, following.TWO) == [[1.0, -0.5], [0.0, 1.0]] * 2
 
 
 def test_mamba2_soon_reads_which_shape_belongs_to_which_colour(monkeypatch, tmp_path):

@@ -263,6 +263,17 @@ def test_out_of_memory_says_what_to_make_smaller(small, monkeypatch, capsys, err
     assert says in said and "on 2 clips of 8 frames" in said and "half of `batch`" in said and "checkpoint of step 4 is whole" in said
 
 
+def test_out_of_memory_on_one_clip_asks_for_shorter_ones(small, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "STAGES", (*toy.STAGES[:-1], toy.Stage(8, 1, 0.5)))
+
+    def fail(run):
+        raise MemoryError
+    interfere(monkeypatch, 5, fail)
+    assert train(small) == 1
+    said = capsys.readouterr().err
+    assert "on 1 clip of 8 frames" in said and "leave out the last of STAGES" in said and "half of" not in said
+
+
 # ---- no room, no folder, no permission -----------------------------------------------------------------------
 
 def no_room(monkeypatch, while_):
