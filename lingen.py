@@ -52,7 +52,6 @@ class LinGenConfig:
     vocab_size: int = 0                 # captions are word numbers 1 ... vocab_size; 0: they are embeddings instead
     text_dim: int = 0                   # width of those embeddings
     text_length: int = 64               # words at most
-    reader: str = "attention"           # what reads word numbers: one layer of a transformer, or "mamba2", the scan in one direction
     predicts: str = "clean"             # the clip behind the noise ("clean"; "pixels" if bounded), or "velocity" = data - noise
     # The transformer
     d_model: int = 128
@@ -95,7 +94,7 @@ PRESETS = {
     # what is true of one moment and one place of the toy world, a torus, is true of all, and a clip may then be as long
     # as one likes. The window holds a whole clip of 16 frames: only in longer ones do windows and shifts appear. Full
     # attention knows no neighbours: with mixer="attention" give it tables, as grid=(16, 8, 8).
-    "tiny": dict(grid=(0, 0, 0), window=(4, 8, 8), torus=True, travel=True, predicts="pixels", reader="mamba2"),
+    "tiny": dict(grid=(0, 0, 0), window=(4, 8, 8), torus=True, travel=True, predicts="pixels"),
     # For one consumer GPU.
     "small": dict(channels=16, patch=(1, 2, 2), grid=(34, 16, 16), d_model=768, depth=16, nheads=12, d_state=64, headdim=64,
                   expand=2.0, text_dim=1024, text_length=256, window=(8, 4, 4), pool=(4, 4, 4), predicts="velocity", chunk_size=64),
@@ -249,15 +248,11 @@ class LinGen(nn.Module):
         if config.vocab_size:
             # Choice: the toy's captions are read by one layer of our own; a large model takes the embeddings of a frozen text
             # encoder instead. Which colour goes with which motion is a matter of nearness: Mamba2, whose state fades from
-            # word to word, sees it without a table of places, as soon as attention with one (benchmarks/reading.py).
+            # word to word, sees it without a table of places.
             self.words = nn.Embedding(config.vocab_size + 1, d, padding_idx=0)
-            if config.reader == "mamba2":
-                self.reader = Mamba2(d, config.d_state, config.d_conv, config.expand, config.headdim, config.ngroups,
-                                     chunk_size=config.chunk_size, backend=config.backend)
-                self.reader_mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU("tanh"), nn.Linear(2 * d, d))
-            else:
-                self.word_positions = nn.Parameter(torch.randn(config.text_length, d))     # as large as the words: fainter ones are not heard beside them
-                self.reader = nn.TransformerEncoderLayer(d, config.nheads, 2 * d, dropout=0.0, batch_first=True, norm_first=True)
+            self.reader = Mamba2(d, config.d_state, config.d_conv, config.expand, config.headdim, config.ngroups,
+                                 chunk_size=config.chunk_size, backend=config.backend)
+            self.reader_mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU("tanh"), nn.Linear(2 * d, d))
         else:
             self.words = nn.Linear(config.text_dim, d)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
@@ -305,15 +300,10 @@ class LinGen(nn.Module):
     def read(self, text):
         """Caption -> its words (b, 1 + n, d), the learnt "nothing" first, and the mask (b, 1 + n) of those that stand."""
         words = self.words(text)                                                                            # (b, n, d)
-        reader = self.config.reader if self.config.vocab_size else None
-        mask = text > 0 if reader else text.new_ones(text.shape[:2], dtype=torch.bool)
-        if reader == "attention":
-            words = words + self.word_positions[: text.shape[1]]
+        mask = text > 0 if self.config.vocab_size else text.new_ones(text.shape[:2], dtype=torch.bool)
         words = torch.cat([self.nothing.expand(len(text), 1, -1), words], 1)
         mask = F.pad(mask, (1, 0), value=True)
-        if reader == "attention":
-            words = self.reader(words, src_key_padding_mask=torch.zeros_like(mask, dtype=words.dtype).masked_fill(~mask, -math.inf))
-        elif reader == "mamba2":                                # causal: the padding behind a caption cannot change its words
+        if self.config.vocab_size:                              # causal: the padding behind a caption cannot change its words
             words = words + self.reader(F.layer_norm(words, words.shape[-1:]))
             words = words + self.reader_mlp(F.layer_norm(words, words.shape[-1:]))
         return words, mask
@@ -383,7 +373,6 @@ def check_config(c):
         if type(getattr(c, name)) is not bool:
             raise ValueError(f"{name} must be True or False, got {getattr(c, name)!r:.60}")
     choices = {"predicts": ("clean", "pixels", "velocity"), "mixer": ("mate", "attention"), "scan": ("rotary", "zigzag", *SCANS),
-               "reader": ("attention", "mamba2"),
                "backend": ("auto", "torch", "mamba_ssm")}
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_tiny
-from benchmarks import ablations, adapt, adjacency, common, consumer, cost, following, judge, length, minute, parts, progress, reading
+from benchmarks import ablations, adapt, adjacency, common, consumer, cost, following, judge, length, minute, parts, progress
 from lingen import Block, LinGen, describe, preset
 from scan import places
 from tesa import windows
@@ -87,7 +87,7 @@ def test_models_that_are_compared_hold_the_same_parameters():
 
 @pytest.mark.parametrize("module, wrong", [
     (ablations, "--seeds 0"), (adapt, "--every 0"), (adjacency, "--grid 1 1 1"), (consumer, "--device tpu"), (following, "--captions 0"),
-    (cost, "--pixels 3"), (length, "--pixels 500"), (minute, "--frames 10"), (parts, "--rounds 0"), (reading, "--steps 3")])
+    (cost, "--pixels 3"), (length, "--pixels 500"), (minute, "--frames 10"), (parts, "--rounds 0")])
 def test_every_script_teaches_and_refuses(monkeypatch, capsys, module, wrong):
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, module, "--help")
@@ -222,21 +222,6 @@ def test_following_knows_where_shapes_go_and_sees_what_tesa_does(monkeypatch):
     with torch.no_grad():
         model.motion.bias.copy_(torch.tensor([0, 1, -0.5, 0, 0, 1] * 2))
     assert following.meant(model, following.TWO) == [[1.0, -0.5], [0.0, 1.0]] * 2
-
-
-def test_mamba2_soon_reads_which_shape_belongs_to_which_colour(monkeypatch, tmp_path):
-    monkeypatch.setattr(reading, "READERS", ("mamba2",))
-    call(monkeypatch, reading, "--steps", 100, "--out", tmp_path)
-    rows = common.Table(tmp_path / "reading.csv", resume=True).rows
-    assert [int(row["captions"]) for row in rows] == [400, 800, 1200, 1600]
-    assert float(rows[-1]["shape"]) > 0.95 and float(rows[-1]["direction"]) > 0.6      # by words alone: 0.625 and 0.56
-
-
-def test_a_reader_knows_no_answer_without_its_words(monkeypatch):
-    """What the probe gets right, it gets from the caption: with every caption empty only chance is left."""
-    monkeypatch.setattr(reading.sample, "encode", lambda captions, vocabulary: torch.zeros(len(captions), 1, dtype=torch.long))
-    *_, (_, shape, direction) = reading.learn("mamba2", 40, 20)
-    assert shape < 0.35 and direction < 0.25
 
 
 def test_ablations_train_by_the_recipe_and_measure_on_held_out_clips(monkeypatch):

@@ -11,7 +11,7 @@ from lingen import MATE, LinGen, LinGenConfig, pixels, preset, review_tokens
 SMALL = dict(vocab_size=9, d_model=16, depth=4, nheads=2, d_state=4, headdim=8, chunk_size=8, grid=(2, 4, 4), patch=(2, 4, 4),
              window=(2, 2, 2), pool=(2, 2, 2))
 VARIANTS = [dict(), dict(mixer="attention"), dict(tesa=False), dict(ma=False), dict(review=False), dict(scan="spatial-row"),
-            dict(scan="zigzag"), dict(predicts="velocity"), dict(ngroups=2), dict(grid=(0, 0, 0)), dict(reader="mamba2"), dict(travel=True)]
+            dict(scan="zigzag"), dict(predicts="velocity"), dict(ngroups=2), dict(grid=(0, 0, 0)), dict(travel=True)]
 
 
 def awake(model):
@@ -96,10 +96,9 @@ def test_every_variant_runs_at_every_size_and_learns(change):
             assert p.grad is not None and torch.isfinite(p.grad).all() and p.grad.any(), name
 
 
-@pytest.mark.parametrize("reader", ["attention", "mamba2"])
-def test_caption_padding_and_neighbours_do_not_matter(reader):
+def test_caption_padding_and_neighbours_do_not_matter():
     torch.manual_seed(0)
-    model = awake(LinGen(LinGenConfig(**SMALL, reader=reader, travel=True)))
+    model = awake(LinGen(LinGenConfig(**SMALL, travel=True)))
     clip, t = torch.randn(2, 3, 4, 16, 16, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
     text = torch.tensor([[1, 2, 3], [4, 5, 0]])
     out = model(clip, t, text)
@@ -110,10 +109,9 @@ def test_caption_padding_and_neighbours_do_not_matter(reader):
     assert not torch.allclose(out[1], empty[1])
 
 
-@pytest.mark.parametrize("reader", ["attention", "mamba2"])
-def test_word_order_matters(reader):
+def test_word_order_matters():
     torch.manual_seed(0)
-    model = awake(LinGen(LinGenConfig(**SMALL, reader=reader)))
+    model = awake(LinGen(LinGenConfig(**SMALL)))
     clip, t = torch.randn(1, 3, 4, 16, 16, dtype=torch.float64), torch.rand(1, dtype=torch.float64)
     assert not torch.allclose(model(clip, t, torch.tensor([[1, 2]])), model(clip, t, torch.tensor([[2, 1]])))
 
@@ -200,7 +198,7 @@ def test_config_survives_a_round_trip_and_refuses_nonsense():
     for wrong, message in ((dict(patch=(0, 4, 4)), "patch"), (dict(patch=4), "patch"), (dict(d_model=15), "d_model"), (dict(headdim=24), "headdim"), (dict(mlp_ratio=0), "mlp_ratio"), (dict(ngroups=3), "ngroups"), (dict(depth=0), "depth"),
                            (dict(scan="diagonal"), "scan"), (dict(mixer="rnn"), "mixer"), (dict(ma=False, tesa=False), "branches"),
                            (dict(vocab_size=0), "words"), (dict(text_dim=3), "words"), (dict(nheads=3), "nheads"), (dict(backend="jax"), "backend"),
-                           (dict(predicts="noise"), "predicts"), (dict(reader="eyes"), "reader"), (dict(depth=2.0), "depth"), (dict(window=(2, 2, "2")), "window")):
+                           (dict(predicts="noise"), "predicts"), (dict(depth=2.0), "depth"), (dict(window=(2, 2, "2")), "window")):
         with pytest.raises(ValueError, match=message):
             LinGenConfig(**{**SMALL, **wrong})
     with pytest.raises(TypeError, match="LinGenConfig"):
