@@ -92,7 +92,7 @@ def draw(losses, accuracy, steps):
     page = pictures.Page(1180 if accuracy else 660, 380)
     low, span = math.log10(min(r[2] for r in losses) * 0.9), math.log10(max(r[2] for r in losses) / min(r[2] for r in losses) * 1.25)
     lines = {f"{n} frame{'s' * (n > 1)}": [(step, loss) for step, f, loss in losses if f == n] for n in sorted({r[1] for r in losses})}
-    ticks = [(str(t), t) for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if low < math.log10(t) < low + span]
+    ticks = [(str(t), t) for t in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5) if low < math.log10(t) < low + span]
     panel(page, (60, 60, 540, 260), steps, lines, ticks, lambda loss: (math.log10(loss) - low) / span)
     page.text(60, 372, "loss over steps (cross-entropy of the predicted clip)", "ls")
     if accuracy:
