@@ -7,7 +7,7 @@ the velocity is data - noise. The model has learnt the mean velocity at (x_t, t,
 which says the same: velocity = (clip - x_t) / (1 - t). Sampling follows it from t = 0 (noise) to t = 1 (a clip)
 in finite steps, and may draw the noise that is left afresh at each of them (`fresh`). In order of explanation:
 
-    words, encode              caption -> numbers of words                    (b, n) int64
+    words, complete, encode    caption -> numbers of words                    (b, n) int64
     times                      where the steps stop                           (steps + 1,)
     sample                     the steps themselves                           (b, c, t, h, w) in [-1, 1]
     load_checkpoint, load_model
@@ -28,6 +28,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import sys
 import time
@@ -86,6 +87,25 @@ def words(caption: str) -> list[str]:
     if not found:
         raise ValueError(f"the caption {caption!a:.60} is empty; write a few words, as in \"a red circle moving right\"")
     return found
+
+
+def complete(caption: str, choices: list[list[str]], seed: int = 0) -> str:
+    """The caption, with one of `choices` drawn by the seed for every object that names none. One object alone is left as it is.
+
+    choices: what a checkpoint's sampling defaults say, words of one meaning in each list, as [["slowly", "slow"], ["quickly", "fast"]]. The
+    first of the list that is drawn is put behind the object: "... and a blue square moving up" -> "... and a blue square moving up slowly".
+
+    The clips of a caption that leaves something open are a mixture, and to draw from a mixture one may first draw the part. Left to
+    the flow, that choice falls among the first, half-blind steps, at once with the places of both objects, which depend on it.
+    Raises ValueError as `words` does.
+    """
+    objects = re.split(r" and (?=a )", " ".join(words(caption)))     # "up and to the left" stays in one piece
+    if len(objects) == 1 or not choices:
+        return caption
+    draw, said = random.Random(seed), {word for same in choices for word in same}
+    # of `random` only random() is promised to be the same in every version of Python
+    drawn = [choices[int(draw.random() * len(choices))][0] for _ in objects]
+    return " and ".join(thing if said & set(thing.split()) else f"{thing} {word}" for thing, word in zip(objects, drawn))
 
 
 def encode(captions: list[str], vocabulary: list[str], limit: int = 64):
@@ -317,7 +337,7 @@ def load_checkpoint(path) -> dict:
 
 
 def load_model(path, device="cpu", backend=None):
-    """(model in float32 and eval mode on `device`, its words as model.vocabulary; checkpoint). `backend` overrules that of the checkpoint's config.
+    """(model in float32 and eval mode on `device`, with model.vocabulary and, for `complete`, model.choices; checkpoint). `backend` overrules the config's.
 
     Raises what `load_checkpoint` raises, and ValueError where the weights do not fit the config.
     """
@@ -349,11 +369,14 @@ def load_model(path, device="cpu", backend=None):
         if len(checkpoint["vocabulary"]) != config.vocab_size or not all(isinstance(w, str) for w in checkpoint["vocabulary"]):
             raise ValueError(f"the vocabulary is not a list of {config.vocab_size} words")
         check(checkpoint["sampling"])
+        choices = checkpoint["sampling"].get("choices", [])
+        if not isinstance(choices, list) or not all(isinstance(same, list) and same and set(same) <= set(checkpoint["vocabulary"]) for same in choices):
+            raise ValueError(f"the choices {choices!a:.60} are not lists of words that the vocabulary holds")
     except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{show(path)} does not fit its own config: {error}; take one that this train_tiny.py "
                          "wrote") from None
     model.load_state_dict(checkpoint["weights"])  # float16 in the file becomes the float32 of the model
-    model.vocabulary = checkpoint["vocabulary"]
+    model.vocabulary, model.choices = checkpoint["vocabulary"], choices
     return model.eval().to(device), checkpoint
 
 
@@ -589,6 +612,8 @@ def prepare(args):
         raise ValueError(f"the model makes {model.config.channels} channels; pictures are made of 3")
     shape = tuple(settings[name] for name in ("frames", "height", "width"))
     enlargement(args.paths[0].suffix.lower(), *shape, args.scale)
+    if settings["frames"] > 1:
+        args.captions = [complete(caption, model.choices, (settings["seed"] + i) % 2**32) for i, caption in enumerate(args.captions)]
     texts = [encode([c], checkpoint["vocabulary"], model.config.text_length) for c in args.captions]
     # A computer that runs out of memory may end the process without a word, so what cannot fit is refused here.
     if shortage := lacks_memory(model.config, shape, settings["guidance"], device, least=True):

@@ -245,7 +245,7 @@ PERIOD = 32             # frames after which this world, whole-pixel steps on a 
 
 # What a checkpoint asks of sample.py: these are the defaults that `python sample.py` falls back to.
 SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 48, "guidance": 1.0, "schedule": "shifted", "shift": 8.0,
-            "fresh": 1.0, "period": PERIOD}
+            "fresh": 1.0, "period": PERIOD, "choices": [list(SYNONYMS[speed]) for speed in SPEEDS]}
 
 
 def stage_at(step, steps):

@@ -60,7 +60,7 @@ def child(variant, seed, steps, captions):
         run.advance()
     trained = time.process_time() - began
     model = run.averaged()
-    model.vocabulary = train_tiny.VOCABULARY
+    model.vocabulary, model.choices = train_tiny.VOCABULARY, []
     row = {f"loss_{frames}": round(validation_loss(model, frames), 5) for frames in LENGTHS}
     _, result = judge.score(model, captions, 16, sample.steps_for(train_tiny.SAMPLING))
     row |= {name.removesuffix("_ok"): round(result[name], 3) for name in JUDGED}

@@ -287,20 +287,27 @@ def summary(records):
 # ---- a whole checkpoint ------------------------------------------------------------------------------
 
 
+def seed_of(clip, seed):
+    """What clip number `clip` of an evaluation draws its noise from: no noise twice."""
+    return (10_007 * seed + clip) % 2**32
+
+
 def clips_for(model, captions, frames, options, seed):
     """Sample clips for captions, a few at a time so that memory stays small: (n, 3, frames, 32, 32)."""
     step = max(1, 256 // frames)
     parts = []
     for i in tqdm(range(0, len(captions), step), unit=f" x {step} clips", disable=not sys.stderr.isatty(), leave=False):
         text = sample.encode(captions[i : i + step], model.vocabulary)
-        parts.append(sample.sample(model, text, (frames, 32, 32), seed=(10_007 * seed + i) % 2**32, **options).cpu())      # no noise twice
+        parts.append(sample.sample(model, text, (frames, 32, 32), seed=seed_of(i, seed), **options).cpu())
     return torch.cat(parts)
 
 
 def score(model, n, frames, options, objects=1, held_out_only=False, seed=0):
-    """n captions of the toy's own wording, drawn afresh, sampled and judged: (records, summary)."""
+    """n captions of the toy's own wording, drawn afresh, sampled and judged: (records, summary). What `sample.complete` adds is judged, too."""
     generator = torch.Generator().manual_seed(10_000_019 + seed)
     _, captions, _ = make_batch(n, 1 if frames == 1 else 2, generator, objects=objects, held_out_only=held_out_only)
+    if frames > 1:
+        captions = [sample.complete(text, model.choices, seed_of(i, seed)) for i, text in enumerate(captions)]
     records = judge(clips_for(model, captions, frames, options, seed), captions)
     return records, summary(records)
 

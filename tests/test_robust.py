@@ -889,6 +889,15 @@ def test_fuzz_encode(texts, vocabulary):
         assert got.dtype == torch.int64 and got.shape[0] == len(texts) and 0 <= got.min() <= got.max() <= len(vocabulary) and (got > 0).any(1).all()
 
 
+@fuzz(text=lambda: caption() | anything(), seed=lambda: st.integers(0, 2**32 - 1))
+def test_fuzz_complete(text, seed):
+    choices = [["slowly", "slow"], ["quickly", "fast"]]
+    told = fine(S.complete, text, choices, seed)
+    if told is not None:
+        assert S.complete(told, choices, seed + 1) == told and set(S.words(text)) <= set(S.words(told))
+        assert told == text or "and" in S.words(told) and len(S.words(told)) > len(S.words(text))
+
+
 @fuzz(steps=lambda: st.integers(-2, 1002) | anything(), schedule=lambda: st.sampled_from(S.SCHEDULES) | anything(), shift=lambda: st.floats(0.5, 101) | anything())
 def test_fuzz_times(steps, schedule, shift):
     ts = fine(S.times, steps, schedule, shift)

@@ -118,6 +118,49 @@ def test_encode():
         S.encode([], WORDS)
 
 
+SPEEDS = [["slowly", "slow"], ["quickly", "fast"]]
+
+
+def test_complete_names_what_two_objects_leave_open():
+    open_both = "A red circle moving up and to the left, and a blue square moving right."
+    got = {S.complete(open_both, SPEEDS, seed) for seed in range(40)}
+    assert got == {f"a red circle moving up and to the left {one} and a blue square moving right {other}"
+                   for one in ("slowly", "quickly") for other in ("slowly", "quickly")}
+    assert all(S.complete(open_both, SPEEDS, seed) == S.complete(open_both, SPEEDS, seed) for seed in range(9))
+    half = "a fast red circle moving up and a blue square moving right"
+    assert {S.complete(half, SPEEDS, seed) for seed in range(20)} == {f"{half} slowly", f"{half} quickly"}
+    for said in ("a red circle moving up and to the left", "a red circle moving up slow and a blue square moving fast right"):
+        assert S.complete(said, SPEEDS, 3) == said
+    assert S.complete(open_both, [], 3) == open_both
+    alone = [S.complete(open_both, SPEEDS, seed) for seed in range(400)]
+    for word in ("left slowly", "right slowly"):             # evenly, and the one apart from the other
+        assert 160 < sum(word in text for text in alone) < 240
+    assert 60 < sum("left slowly" in text and "right slowly" in text for text in alone) < 140
+
+
+def test_the_command_completes_captions_of_clips_and_says_so(call, tmp_path):
+    path = tmp_path / "choosy.pt"
+    found = contents(tiny(vocab_size=len(WORDS) + 3, text_length=12), vocabulary=WORDS + ["and", "slowly", "quickly"])
+    torch.save({**found, "sampling": {**found["sampling"], "choices": [["slowly"], ["quickly"]]}}, path)
+    asked = "a red circle moving up and a blue square"
+    told = S.complete(asked, [["slowly"], ["quickly"]], 5)
+    assert told != asked
+    Path("open").mkdir()
+    code, out, _ = call(asked, "--seed", 4, "--out", "open/", "--captions", write_lines(tmp_path, asked), checkpoint=path)
+    assert code == 0 and f"{told!a}, seed 5" in out
+    first, second = sorted(Path("open").glob("*.gif"))
+    assert S.read_settings(second)["caption"] == told and S.read_settings(first)["caption"] != asked
+    code, out, _ = call(told, "--seed", 5, "--out", "named.gif", checkpoint=path)
+    assert Path("named.gif").read_bytes() == second.read_bytes()
+    code, out, _ = call(asked, "--frames", 1, "--out", "still.gif", checkpoint=path)      # a picture has no speed
+    assert code == 0 and S.read_settings("still.gif")["caption"] == asked
+
+
+def write_lines(folder, *lines):
+    (folder / "lines.txt").write_text("\n".join(lines))
+    return folder / "lines.txt"
+
+
 # ---- times ------------------------------------------------------------------------------------------------
 
 def test_times_by_hand():
@@ -406,7 +449,8 @@ def test_foreign_checkpoints(tmp_path):
                               {**good, "weights": {**weights, first: torch.ones(1, 2, 3)}},
                               {**good, "weights": {**weights, first: "x"}}, {**good, "vocabulary": [1, 2]},
                               {**good, "vocabulary": WORDS + ["green"]},
-                              {**good, "sampling": {"frames": "many"}}]}
+                              {**good, "sampling": {"frames": "many"}},
+                              *({**good, "sampling": {"choices": choices}} for choices in (3, "red", ["red"], [[]], [["pink"]], [[[]]], {}))]}
     for message, wrong in cases.items():
         for content in wrong:
             torch.save(content, path)

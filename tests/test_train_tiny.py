@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,6 +219,26 @@ def test_a_minute_is_judged_second_by_second():
     record = ruler.judge(clip, "a red circle moving right")
     seconds = record["good"].view(-1, 16).all(1)
     assert not record["ok"] and not seconds[500 // 16] and seconds.sum() == 67
+
+
+def test_an_evaluation_tells_the_model_every_speed_of_two_objects_and_judges_it(monkeypatch):
+    def draw(model, text, shape, *, seed, **options):       # a sampler that has learnt all, but moves slowly unless told otherwise
+        told = [" ".join(toy.VOCABULARY[i - 1] for i in row if i) for row in text.tolist()]
+        heard.extend(told)
+        specs = torch.tensor([[[names.index(thing[a] or names[0]) for a, names in toy.ATTRIBUTES.items()] for thing in ruler.parse(words)] for words in told])
+        if asleep:
+            specs[..., 3] = 0
+        return toy.render(specs, toy.random_starts(specs, shape[0], torch.Generator().manual_seed(seed)), shape[0])
+    monkeypatch.setattr(sample, "sample", draw)
+    model, asleep, heard = SimpleNamespace(vocabulary=list(toy.VOCABULARY), choices=toy.SAMPLING["choices"]), False, []
+    assert ruler.score(model, 40, 16, {}, objects=2)[1]["joint"] == 1
+    assert all(thing["speed"] for words in heard for thing in ruler.parse(words))
+    asleep, heard = True, []
+    records, result = ruler.score(model, 40, 16, {}, objects=2)
+    both_slow = sum(all(thing["speed"] == "slowly" for thing in ruler.parse(words)) for words in heard)
+    assert result["joint"] == both_slow / 40 < 0.5          # what was added is held against the clip, too
+    heard = []
+    assert ruler.score(model, 40, 16, {}, objects=1)[1]["joint"] > 0.5 and any(not ruler.parse(words)[0]["speed"] for words in heard)
 
 
 # ---- the judge refuses ---------------------------------------------------------------------------
