@@ -1,7 +1,7 @@
 """What each part buys (LinGen figs. 11 and 12): the tiny model trained with one part taken out, and judged.
 
-    python benchmarks/ablations.py                                    all variants, three seeds: 40 minutes of one core
-    python benchmarks/ablations.py --seeds 1 --out runs/ablations --plot runs/ablations.png      for a class: a quarter of an hour
+    python benchmarks/ablations.py --workers 2                        all variants, three seeds: over two hours of two cores
+    python benchmarks/ablations.py --steps 150 --captions 8 --seeds 1 --out runs/ablations --plot runs/ablations.png       for a class: a quarter of an hour
     python benchmarks/ablations.py --minutes 20                       as much as fits; the next call goes on
 
 Every variant is one field of the same LinGenConfig, trained by train_tiny's own recipe cut to --steps, on the same data for
@@ -85,7 +85,7 @@ def summarise(rows, path):
 
 def draw(rows):
     def panels(*axes):
-        for axis, name in zip(axes, ("loss_16", "loss_256", "loss_1024", "colour")):
+        for axis, name in zip(axes, ("loss_16", "loss_256", "loss_1024", "direction")):
             for place, variant in enumerate(VARIANTS):
                 values = [float(row[name]) for row in rows if row["variant"] == variant]
                 axis.plot(values, [place] * len(values), "o", color=common.COLOURS[0], alpha=0.6)
@@ -101,9 +101,9 @@ def draw(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150, help="of training, for each row (default 150)")
+    parser.add_argument("--steps", type=int, default=650, help="of training, for each row (default 650)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
-    parser.add_argument("--captions", type=int, default=8, help="sampled and judged for each row (default 8)")
+    parser.add_argument("--captions", type=int, default=64, help="sampled and judged for each row (default 64)")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="VARIANT",
                         help=f"of: {', '.join(VARIANTS)} (default all)")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no row after so many minutes; rows in the CSV are not made again")
