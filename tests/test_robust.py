@@ -497,7 +497,8 @@ def test_a_dead_worker_ends_the_run(tmp_path, victim):
     _, said = rows[1 - victim].communicate(timeout=60)
     took = time.monotonic() - began
     rows[victim].communicate()
-    assert rows[1 - victim].returncode == 1 and "another process of this run has ended" in said and "--resume" in said and "Traceback" not in said
+    ended = rows[1 - victim].returncode == 1 and "another process of this run has ended" in said and "--resume" in said and "Traceback" not in said
+    assert ended, (rows[1 - victim].returncode, said[-2000:])
     print(f"ended {took:.1f} s after the kill")
     assert S.load_checkpoint(out)["training"]["step"] > 0
 
