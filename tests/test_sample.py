@@ -146,7 +146,7 @@ def test_the_command_completes_captions_of_clips_and_says_so(call, tmp_path):
     told = S.complete(asked, [["slowly"], ["quickly"]], 5)
     assert told != asked
     Path("open").mkdir()
-    code, out, _ = call(asked, "--seed", 4, "--out", "open/", "--captions", write_lines(tmp_path, asked), checkpoint=path)
+    code, out, _ = call(asked, asked, "--seed", 4, "--out", "open", checkpoint=path)
     assert code == 0 and f"{told!a}, seed 5" in out
     first, second = sorted(Path("open").glob("*.gif"))
     assert S.read_settings(second)["caption"] == told and S.read_settings(first)["caption"] != asked
@@ -154,11 +154,6 @@ def test_the_command_completes_captions_of_clips_and_says_so(call, tmp_path):
     assert Path("named.gif").read_bytes() == second.read_bytes()
     code, out, _ = call(asked, "--frames", 1, "--out", "still.gif", checkpoint=path)      # a picture has no speed
     assert code == 0 and S.read_settings("still.gif")["caption"] == asked
-
-
-def write_lines(folder, *lines):
-    (folder / "lines.txt").write_text("\n".join(lines))
-    return folder / "lines.txt"
 
 
 # ---- times ------------------------------------------------------------------------------------------------
