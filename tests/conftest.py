@@ -1,9 +1,11 @@
 """Options of the kernel judge (tests/test_kernel.py), its table at the end of the run, and the root on sys.path."""
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -11,6 +13,24 @@ if not torch.cuda.is_available():
     # import it: so this stands before any test.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+STARTED = []
+
+
+def popen(*args, **kwargs):
+    """subprocess.Popen for a process that its test ends; where the test fails before, `no_process_outlives_its_test` does."""
+    STARTED.append(subprocess.Popen(*args, **kwargs))
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()                                              # no harm to one that has ended and been waited for
+        process.wait()
 
 
 def pytest_addoption(parser):

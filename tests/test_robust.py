@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import popen
 
 import lingen
 import mamba2_ref as M
@@ -377,12 +378,18 @@ def test_truncated_at_every_length_and_flipped_at_every_byte(tmp_path):
 def test_a_damaged_run_is_not_resumed_and_not_touched(small, capsys):
     assert train(small, steps=2) == 0
     whole, make = small.read_bytes(), random.Random(1)
+    assert train(small, "--resume", steps=3) == 0
+    went_on, harmless = load(small), 0
     for n in (0, 1, len(whole) - 1, *(make.randrange(len(whole)) for _ in range(12))):
         for damaged in (whole[:n], whole[: n - 1] + bytes([whole[n - 1] ^ 16]) + whole[n:] if n else whole[:100]):
             small.write_bytes(damaged)
             code, said = train(small, "--resume", steps=3), capsys.readouterr().err
-            assert (code == 0 and same(load(small)["weights"]["nothing"].shape, (32,))) or (
-                code == 2 and "run.pt" in said and small.read_bytes() == damaged), said
+            if code == 0 and len(damaged) == len(whole):            # in the padding or a time stamp: it must go on as the whole one does
+                assert same(load(small), went_on)
+                harmless += 1
+            else:
+                assert code == 2 and "run.pt" in said and small.read_bytes() == damaged, said
+    assert harmless < 10
 
 
 def test_checkpoints_from_elsewhere(small, tmp_path, capsys):
@@ -466,7 +473,7 @@ LATER = "\nimport sys, sample; sample.command('train_tiny.py', t.main)"
 
 def start(rank, port, *args):
     env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return subprocess.Popen([sys.executable, "-c", SMALL + LATER, *map(str, args)], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return popen([sys.executable, "-c", SMALL + LATER, *map(str, args)], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def two(*args):
@@ -521,8 +528,8 @@ def test_ctrl_c_in_one_process_stops_both_at_the_same_step(tmp_path):
 def test_torchrun_ends_when_a_worker_dies(tmp_path):
     out, script = tmp_path / "two.pt", tmp_path / "small.py"
     script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nopen({str(tmp_path)!r} + '/pid' + os.environ['RANK'], 'w').write(str(os.getpid()))\n" + SMALL + LATER)
-    run = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script, "--steps", "100000",
-                            "--save-every", "0", "--device", "cpu", "--out", out], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run = popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script, "--steps", "100000",
+                 "--save-every", "0", "--device", "cpu", "--out", out], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     until(out.exists)
     os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
     said, _ = run.communicate(timeout=120)
@@ -605,7 +612,8 @@ def lines():
     yield from (("benchmarks/speed.py", ["nonsense"], "there is no table"), ("benchmarks/progress.py", ["none.pt"], "none.pt"), ("benchmarks/length.py", ["--seconds", "0"], "seconds"),
                 ("benchmarks/length.py", ["--pixels", "15"], "pixels"), ("benchmarks/length.py", ["--preset", "huge"], "invalid choice"), ("benchmarks/parts.py", ["--rounds", "0"], "rounds"),
                 ("benchmarks/parts.py", ["--depth", "-1"], "depth"), ("benchmarks/adjacency.py", ["--grid", "1", "1", "1"], "grid"), ("benchmarks/adjacency.py", ["--window", "0", "1", "1"], "window"),
-                ("benchmarks/consumer.py", ["--device", "tpu"], "invalid choice"))
+                ("benchmarks/consumer.py", ["--device", "tpu"], "invalid choice"), ("benchmarks/pictures.py", ["--checkpoint", "none.pt"], "none.pt"),
+                ("benchmarks/parts.py", ["--depth", "0"], "depth"))
 
 
 LINES = list(dict.fromkeys((program, tuple(args), says) for program, args, says in lines()))
@@ -662,7 +670,7 @@ def test_bad_command_lines(program, args, says, place, monkeypatch, capsys):
     code = run_script(program, args)
     took, said = time.process_time() - began, capsys.readouterr().err
     message = said.strip().splitlines()[-1] if said.strip() else ""
-    assert (code == 2 or code == 1 and program == "benchmarks/progress.py") and message.startswith(f"{Path(program).name}: error: "), (code, said)
+    assert (code == 2 or code == 1 and program in ("benchmarks/progress.py", "benchmarks/pictures.py")) and message.startswith(f"{Path(program).name}: error: "), (code, said)
     assert says in said, said                                       # argparse's own may break a line
     assert "Traceback" not in said and len(said) < 6000 and all(c.isprintable() or c == "\n" for c in said)
     if program in ("sample.py", "train_tiny.py"):
@@ -814,8 +822,10 @@ def test_bad_calls_of_functions(call, place, monkeypatch):
 
 
 def test_the_tables_are_long_and_nothing_is_run_from_a_checkpoint(place):
-    print(f"{len(LINES)} bad command lines, {len(FUNCTIONS)} bad calls of functions")
-    assert len(LINES) >= 150 and len(FUNCTIONS) >= 150 and not (place / "trap").exists()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = f"{len(LINES)} command lines, {len(FUNCTIONS)} calls of functions"
+    assert said in readme or sys.platform != "linux" and len(LINES) > 300, said    # some stand for files that others lack
+    assert not (place / "trap").exists()
 
 
 def test_reading_and_writing_where_it_is_forbidden(tmp_path, capsys, monkeypatch):

@@ -67,7 +67,7 @@ class Stub(nn.Module):
 
     def __init__(self, f, predicts="velocity", patch=(1, 1, 1), channels=3):
         super().__init__()
-        self.f, self.config, self.calls = f, SimpleNamespace(predicts=predicts, patch=patch, channels=channels), []
+        self.f, self.config, self.calls = f, SimpleNamespace(predicts=predicts, patch=patch, channels=channels, torus=False, vocab_size=0), []
         self.anchor = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, t, text):
@@ -721,7 +721,7 @@ def test_wrong_calls(call, checkpoint, argv, message, tmp_path, monkeypatch):
 def test_read_only_folder(call, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     code, _, err = call("a", "--out", "locked/c.gif")
-    assert code == 2 and "read-only" in err
+    assert code == 2 and "nothing can be written" in err
 
 
 @pytest.mark.parametrize("error, message", [
