@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from mamba2_ref import BidirectionalMamba2, Mamba2
+from mamba2_ref import BACKENDS, BidirectionalMamba2, Mamba2
 from scan import SCANS, to_grid, to_sequence
 from tesa import TemporalSwinAttention, attend
 
@@ -248,7 +248,7 @@ class LinGen(nn.Module):
         if config.vocab_size:
             # Choice: the toy's captions are read by one layer of our own; a large model takes the embeddings of a frozen text
             # encoder instead. Which colour goes with which motion is a matter of nearness: Mamba2, whose state fades from
-            # word to word, sees it without a table of places.
+            # word to word, weighs near words more, and needs no table of places.
             self.words = nn.Embedding(config.vocab_size + 1, d, padding_idx=0)
             self.reader = Mamba2(d, config.d_state, config.d_conv, config.expand, config.headdim, config.ngroups,
                                  chunk_size=config.chunk_size, backend=config.backend)
@@ -324,10 +324,10 @@ def pixels(out, clip, t):
 
     out and clip x (b, c, frames, h, w), t (b,) -> tanh(out + atanh(0.97 k x)), like out.
 
-    Choice. tanh makes flat colours flat. At t = 1 the clip is what one sees, tanh(atanh(x)) = x, and the network need not
-    copy it. But before that its word counts: a soft edge's brightness follows from the shape's place, which all pixels of all
-    frames tell far better than the one noisy pixel. So a pixel is trusted by Wiener's rule, which weighs two witnesses by
-    their certainty: k = e^2 / (s^2 + e^2), s = (1 - t) / t the noise of x / t, e = 0.1 the error of the network, so that at
+    Choice. tanh makes flat colours flat. At t = 1 the noisy pixel is the clean one, and the network need not copy it: it
+    answers 0, and tanh(atanh(0.97 x)) is nearly x. Earlier the pixel is one of two witnesses: a soft edge's brightness
+    follows from the shape's place, which all pixels of all frames tell far better than the one noisy pixel. So a pixel is
+    trusted by Wiener's rule, which weighs two witnesses by their certainty: k = e^2 / (s^2 + e^2), s = (1 - t) / t the noise of x / t, e = 0.1 the error of the network, so that at
     t = 0.9 both count about the same. (x and not x / t is weighed: near t = 1, where k counts, they are nearly the same.
     0.97 and the clamp keep atanh finite, also where noise takes x beyond 1.)
     """
@@ -373,7 +373,7 @@ def check_config(c):
         if type(getattr(c, name)) is not bool:
             raise ValueError(f"{name} must be True or False, got {getattr(c, name)!r:.60}")
     choices = {"predicts": ("clean", "pixels", "velocity"), "mixer": ("mate", "attention"), "scan": ("rotary", "zigzag", *SCANS),
-               "backend": ("auto", "torch", "mamba_ssm")}
+               "backend": BACKENDS}
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(c, name)!r:.60}")

@@ -427,7 +427,7 @@ class BidirectionalMamba2(Mamba2):
     """Mamba2 in both directions (LinGen fig. 3): every output sees every token, at the cost of one layer and a bit.
 
     Choice, the paper being silent: the two directions share all weights, so that this layer has the parameters of
-    one Mamba2 and takes its state_dict (weights, not equal outputs), and their outputs are added before the gated
+    one Mamba2 and can load its state_dict (though its outputs differ), and their outputs are added before the gated
     norm. Sharing also lets the scan do once what both need (see `ssd_bidirectional`). The convolution, shared too and
     not mirrored, looks to both sides: with d_conv = 4 a token sees one before, itself and two after, so that the layer
     is not exactly symmetric under reversal.

@@ -89,6 +89,11 @@ def words(caption: str) -> list[str]:
     return found
 
 
+def objects(caption: str) -> list[str]:
+    """The caption's parts, one for each object: "and a" begins another, while "up and to the left" stays in one piece."""
+    return re.split(r" and (?=a\b)", " ".join(words(caption)))
+
+
 def complete(caption: str, choices: list[list[str]], seed: int = 0) -> str:
     """The caption, with one of `choices` drawn by the seed for every object that names none. One object alone is left as it is.
 
@@ -99,13 +104,13 @@ def complete(caption: str, choices: list[list[str]], seed: int = 0) -> str:
     the flow, that choice falls among the first, half-blind steps, at once with the places of both objects, which depend on it.
     Raises ValueError as `words` does.
     """
-    objects = re.split(r" and (?=a )", " ".join(words(caption)))     # "up and to the left" stays in one piece
-    if len(objects) == 1 or not choices:
+    things = objects(caption)
+    if len(things) == 1 or not choices:
         return caption
     draw, said = random.Random(seed), {word for same in choices for word in same}
     # of `random` only random() is promised to be the same in every version of Python
-    drawn = [choices[int(draw.random() * len(choices))][0] for _ in objects]
-    return " and ".join(thing if said & set(thing.split()) else f"{thing} {word}" for thing, word in zip(objects, drawn))
+    drawn = [choices[int(draw.random() * len(choices))][0] for _ in things]
+    return " and ".join(thing if said & set(thing.split()) else f"{thing} {word}" for thing, word in zip(things, drawn))
 
 
 def encode(captions: list[str], vocabulary: list[str], limit: int = 64):
@@ -195,12 +200,12 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     Clip i draws its noise from seed + i, on the CPU: a clip does not depend on its neighbours in the batch, and
     every device has the same noise.
 
-    fresh: how much of the noise still in the clip each step replaces by fresh noise; 0 is Euler's step. Along
-    Euler's path the first, half-blind steps decide, and what they get wrong stays wrong. Fresh noise hides the small
-    contradictions (a shape half a pixel apart from one token to the next) that the network met in no training clip,
-    and lets it decide again. Its price is variety: up to sqrt(1 - (s' / s)^2), s = (1 - t) / t before the step and
-    s' after it, the clips stay distributed as the data (that much is the step of DDPM, Ho et al. 2020); 1 draws them
-    to what is likeliest.
+    fresh: how much of the noise still in the clip each step replaces by new noise; 0 is Euler's step. Along Euler's
+    path the first, half-blind steps decide, and what they get wrong stays wrong. New noise lets the network decide
+    again, and small faults that no training clip has (a shape half a pixel off from one token to the next) are drowned
+    by it and drawn anew. With s = (1 - t) / t before the step and s' after it, fresh = sqrt(1 - (s' / s)^2) is the step
+    of DDPM (Ho et al. 2020); up to there the clips stay as varied as the data, beyond they become more alike: 1 draws
+    them to what is likeliest.
     period: frames after which the noise repeats, see `white_noise`; 0: never.
     A model of a torus (config.torus) is asked from another place at every step: a clip that is rolled around is as good
     a clip, but the borders of patches and of the scan, where mistakes are made, fall elsewhere, and those do not add up.
@@ -218,14 +223,14 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     if not torch.is_tensor(text) or text.ndim != 2 or text.dtype != torch.int64 or not text.shape[0]:
         raise ValueError(f"text is {getattr(text, 'dtype', type(text))} {list(getattr(text, 'shape', []))}; "
                          "it must be (b, n) int64, as encode returns it")
-    most = getattr(model.config, "vocab_size", 0)
+    most = model.config.vocab_size
     if most and text.numel() and not 0 <= text.min() <= text.max() <= most:  # a GPU would only say that it failed
         raise ValueError(f"text holds the word numbers {text.min()} to {text.max()}; the model knows 0 to {most}")
     device = next(model.parameters()).device
     ts, b = times(steps, schedule, shift).tolist(), len(text)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(b)]
-    (frames, *size), torus = shape, getattr(model.config, "torus", False)
-    ring = torus and frames >= period == math.lcm(*size) and period % model.config.patch[0] == 0
+    (frames, *size), torus = shape, model.config.torus
+    ring = time_is_a_ring(model.config, shape, period)
     rounds = -(-frames // period) * period if ring else frames
 
     def noise():
@@ -271,6 +276,12 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     return x[:, :, :frames].clamp(-1, 1)
 
 
+def time_is_a_ring(config, shape, period: int) -> bool:
+    """Does the clip come back to its beginning after `period` frames, see `sample`? shape: (frames, height, width)."""
+    frames, *size = shape
+    return config.torus and frames >= period == math.lcm(*size) and period % config.patch[0] == 0
+
+
 def check(settings: dict) -> None:
     """ValueError for the first of `settings` outside its LIMITS; those that have none are left alone."""
     for name, value in settings.items():
@@ -312,7 +323,7 @@ def load_checkpoint(path) -> dict:
             digest.update(block)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise OSError(f"cannot read the checkpoint {show(path)} ({getattr(error, 'strerror', error)}); "
-                      "train one with train_tiny.py, or name another with --checkpoint") from None
+                      "train one with train_tiny.py, or name another file") from None
     with file:
         try:
             # torch.load does not look at the checksums of the archive that it reads: a flipped bit in a weight would
@@ -536,7 +547,8 @@ def parse(argv):
     for name in ("frames", "height", "width", "fps", "steps", "guidance", "fresh", "seed", "scale"):
         kind, low, high = LIMITS[name]
         add(f"--{name}", type=kind, help=f"{low} to {high}" + "; the shipped checkpoint has learnt 32 only" * (name in ("height", "width")))
-    add("--period", type=int, help="frames after which the noise repeats, 0: never; the toy's world repeats after as many frames as it is wide in pixels")
+    add("--period", type=int, help="frames after which the noise repeats, 0: never; the toy's world repeats after as many frames as it is wide in pixels, "
+        "and clips of a period or more are made in whole periods, then cut")
     add("--schedule", choices=SCHEDULES)
     add("--checkpoint", default=Path(__file__).parent / "assets" / "tiny.pt")
     add("--device", help="default: cuda, else mps, else cpu")
@@ -616,7 +628,7 @@ def prepare(args):
         args.captions = [complete(caption, model.choices, (settings["seed"] + i) % 2**32) for i, caption in enumerate(args.captions)]
     texts = [encode([c], checkpoint["vocabulary"], model.config.text_length) for c in args.captions]
     # A computer that runs out of memory may end the process without a word, so what cannot fit is refused here.
-    if shortage := lacks_memory(model.config, shape, settings["guidance"], device, least=True):
+    if shortage := lacks_memory(model.config, shape, settings, device, least=True):
         raise ValueError(shortage)
     with torch.inference_mode():  # the smallest still image: a backend that is not there says so here
         model(torch.zeros(1, 3, 1, *model.config.patch[1:], device=device), torch.zeros(1, device=device), texts[0].to(device))
@@ -643,7 +655,7 @@ def run(args, model, checkpoint, settings, texts):
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            raise MemoryError(f"out of memory{asked(error)}: {lacks_memory(model.config, shape, settings['guidance'], model.nothing.device)}") from None
+            raise MemoryError(f"out of memory{asked(error)}: {lacks_memory(model.config, shape, settings, model.nothing.device)}") from None
         note = {**settings, "caption": caption, "seed": seed, "checkpoint": checkpoint["sha256"],
                 "format": FORMAT, "torch": torch.__version__, "device": str(clip.device), "backend": model.config.backend}
         write_clip(path, to_frames(clip[0]), fps=settings["fps"], scale=args.scale, settings=note)
@@ -661,12 +673,15 @@ def run(args, model, checkpoint, settings, texts):
     print(f"{time.monotonic() - began:.1f} s, peak memory {peak}")
 
 
-def lacks_memory(config, shape, guidance, device, least=False) -> str:
+def lacks_memory(config, shape, settings, device, least=False) -> str:
     """How much memory a clip of this shape needs and how much smaller it would have to be; with `least`, "" if it may fit.
 
     A forward pass holds some 30 float32 numbers per token and feature at once (measured), surely 16. Guidance doubles it.
     """
     import torch
+    guidance, period = settings["guidance"], settings["period"]
+    if time_is_a_ring(config, shape, period):
+        shape = (-(-shape[0] // period) * period, *shape[1:])           # what is made, before it is cut to length
     need = math.prod(-(-size // p) for size, p in zip(shape, config.patch)) * config.d_model * 4 * (16 if least else 30) * (1 if guidance == 1 else 2)
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     if torch.device(device).type == "cuda":
@@ -699,7 +714,7 @@ def show(path) -> str:
 
 
 def main(argv=None) -> int:
-    """The command; returns its exit code: 0, 1 failed on the way, 2 wrong call, 130 interrupted."""
+    """The command; returns its exit code: 0, 1 failed on the way, 2 wrong call, 130 interrupted, 141 nobody reads on."""
     wrong = 2
     try:
         args = parse(argv)

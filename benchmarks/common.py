@@ -183,6 +183,7 @@ def plot(path, draw, panels=1):
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=110)
         plt.close(figure)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     sample.replace_file(path, out.getvalue())
     print(f"wrote {path}")
 
@@ -190,7 +191,8 @@ def plot(path, draw, panels=1):
 def run(main, name):
     """main() with a plain end: one line instead of a traceback, and after Ctrl-C the finished rows are there."""
     try:
-        main()
+        if code := main():
+            sys.exit(code)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; the rows that were printed are in the CSV", file=sys.stderr)
         sys.exit(130)

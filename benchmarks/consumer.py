@@ -3,9 +3,9 @@
     python benchmarks/consumer.py                     a model of the memory, fitted to peaks measured on this CPU: a minute
     python benchmarks/consumer.py --device cuda       measured: a bigger GPU, its memory capped to each card's
 
-The model: a forward pass holds the weights, plus so many numbers per token and width at its peak. How many, is measured
-in fresh processes over several lengths and widths (float32 on the CPU, with a preset's proportions) and fitted by least
-squares; in bfloat16 each takes two bytes. Guidance doubles the batch, as sample.py does it. Set aside: one GiB of each
+The model: a forward pass holds the weights, plus so many bytes per token and width at its peak. How many, is measured
+in fresh processes over several lengths and widths (bfloat16 on the CPU, with a preset's proportions; the torch scan works in
+float32 inside) and fitted by least squares. Guidance doubles the batch, as sample.py does it. Set aside: one GiB of each
 card for the driver and the screen. Left out: the text encoder and the autoencoder, which can run before and after.
 """
 import argparse
@@ -26,13 +26,13 @@ MOST = 600                                                                      
 
 
 def child_peak(preset, width, seconds):
-    """What a forward pass adds to this process on the CPU: (tokens x width, float32 numbers held at its peak)."""
-    model = common.build(preset, d_model=width, nheads=width // (64 if preset == "small" else 128), depth=2)
+    """What a forward pass in bfloat16 adds to this process on the CPU: (tokens x width, bytes held at its peak)."""
+    model = common.build(preset, dtype=torch.bfloat16, d_model=width, nheads=width // (64 if preset == "small" else 128), depth=2)
     shape = common.clip_shape(model.config, seconds, 256)
     common.denoising_step(model, (1, 4, 4))()                                       # libraries load what they need
     before = common.peak_mib()
     common.denoising_step(model, shape)()
-    return common.tokens(model.config, shape) * width, (common.peak_mib() - before) * 2**20 / 4
+    return common.tokens(model.config, shape) * width, (common.peak_mib() - before) * 2**20
 
 
 def child_longest(preset, pixels, card):
@@ -70,9 +70,9 @@ def longest(fits):
 
 
 def fit(points):
-    """Least squares of peak = numbers x (tokens x width): how many numbers, and the worst relative miss."""
-    numbers = sum(size * peak for size, peak in points) / sum(size * size for size, _ in points)
-    return numbers, max(abs(numbers * size / peak - 1) for size, peak in points)
+    """Least squares of peak = each x (tokens x width): how many bytes each, and the worst relative miss."""
+    each = sum(size * peak for size, peak in points) / sum(size * size for size, _ in points)
+    return each, max(abs(each * size / peak - 1) for size, peak in points)
 
 
 def main():
@@ -87,12 +87,11 @@ def main():
         for name in tqdm(PRESETS, unit="preset", leave=False, disable=None):
             points = []
             for width, seconds in POINTS:
-                size, numbers = common.in_fresh_process(__file__, preset=name, width=width, seconds=seconds)
-                points.append((size, numbers))
-                peaks.add(preset=name, width=width, tokens=size // width, mib=round(numbers * 4 / 2**20),
-                          per_token_width=round(numbers / size, 1))
+                size, peak = common.in_fresh_process(__file__, preset=name, width=width, seconds=seconds)
+                points.append((size, peak))
+                peaks.add(preset=name, width=width, tokens=size // width, mib=round(peak / 2**20), bytes_per_token_width=round(peak / size, 1))
             held[name], miss = fit(points)
-            tqdm.write(f"{name}: {held[name]:.1f} numbers per token and width; the fit misses a peak by {100 * miss:.0f} % at most\n")
+            tqdm.write(f"{name}: {held[name]:.0f} bytes per token and width; the fit misses a peak by {100 * miss:.0f} % at most\n")
         peaks.wrote()
     table = common.Table(Path(args.out) / f"consumer_{args.device}.csv")
     for card in tqdm(CARDS, unit="card", leave=False, disable=None):
@@ -105,7 +104,7 @@ def main():
                     found[pixels] = common.in_fresh_process(__file__, preset=name, pixels=pixels, card=card)
                 else:
                     size = common.tokens(model.config, common.clip_shape(model.config, 1, pixels)) * model.config.d_model
-                    per_second = 2 * size * held[name] * 2                          # two clips, of numbers of two bytes
+                    per_second = 2 * size * held[name]                              # two clips
                     found[pixels] = max(0, min(MOST, int(((card - RESERVED) * 2**30 - weights) / per_second)))
             table.add(card_gib=card, preset=name, weights_gib=round(weights / 2**30, 1), **{f"longest_{p}p_s": found[p] for p in PIXELS},
                       source="measured" if args.device == "cuda" else "model")

@@ -96,7 +96,7 @@ def main():
     args = parser.parse_args()
     if not 1 <= args.captions <= 1000:
         parser.error(f"--captions {args.captions}: choose 1 to 1000")
-    pictures.check_out(parser, args.plot)
+    pictures.check_out(parser, args.plot, "--plot")
     model, _ = sample.load_model(args.checkpoint)
     if model.config.mixer != "mate" or not model.config.tesa:
         parser.error(f"{args.checkpoint} is a model without TESA")

@@ -26,16 +26,16 @@ from benchmarks import common, judge  # noqa: E402
 CAPTION = "a small red circle moving slowly right"
 
 
-def child(checkpoint, frames, period):
+def child(checkpoint, frames, period, device):
     """One clip by sample.py itself, in this process."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [CAPTION, "--frames", str(frames), "--period", str(period), "--checkpoint", checkpoint, "--out", f"{folder}/clip.gif"]
+        arguments = [CAPTION, "--frames", str(frames), "--period", str(period), "--checkpoint", checkpoint, "--device", device, "--out", f"{folder}/clip.gif"]
         codes = []
         with contextlib.redirect_stdout(sys.stderr):
-            taken = common.seconds(lambda: codes.append(sample.main(arguments)))
+            taken = common.seconds(lambda: codes.append(sample.main(arguments)), device)
     if codes != [0]:
         sys.exit(codes[0])
-    return dict(seconds=taken, mib=common.peak_mib())
+    return dict(seconds=taken, mib=common.peak_mib(device))
 
 
 def draw(curve):
@@ -54,7 +54,7 @@ def main():
     parser.add_argument("--period", type=int, help="frames after which the noise repeats, 0: never (default: the checkpoint's)")
     parser.add_argument("--held-out", action="store_true", help="captions whose combination was kept from training")
     parser.add_argument("--seed", type=int, default=0, help="of captions and noise")
-    parser.add_argument("--device", help="where the judged clips are sampled: default cuda, else mps, else cpu")
+    parser.add_argument("--device", help="where clips are made: default cuda, else mps, else cpu")
     parser.add_argument("--plot", default=str(common.ASSETS / "minute.png"))
     args = common.arguments(parser, child)
     if any(frames % 16 or not 16 <= frames <= 4096 for frames in args.frames) or args.captions < 1:
@@ -62,11 +62,12 @@ def main():
     if args.period is not None and not 0 <= args.period <= 4096:
         parser.error(f"--period is {args.period}; expected 0 to 4096")
     torch.set_float32_matmul_precision("medium")                                    # as in training and in sample.py
-    model, checkpoint = sample.load_model(args.checkpoint, sample.choose_device(args.device))
+    device = sample.choose_device(args.device)
+    model, checkpoint = sample.load_model(args.checkpoint, device)
     options = sample.steps_for(checkpoint["sampling"]) | ({} if args.period is None else {"period": args.period})
     table = common.Table(Path(args.out) / "minute.csv")
     for frames in tqdm(args.frames, unit="length", leave=False, disable=None):
-        one = common.in_fresh_process(__file__, checkpoint=args.checkpoint, frames=frames, period=options.get("period", 0))
+        one = common.in_fresh_process(__file__, checkpoint=args.checkpoint, frames=frames, period=options.get("period", 0), device=str(device))
         records, result = judge.score(model, args.captions, frames, options, held_out_only=args.held_out, seed=args.seed)
         seconds = torch.stack([record["good"].view(-1, 16).all(1) for record in records])       # (captions, seconds)
         table.add(frames=frames, seconds_of_film=frames // 16, seconds_to_make=round(one["seconds"], 1), peak_mib=round(one["mib"]),

@@ -36,7 +36,7 @@ def main():
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
-    if args.pixels % 16 or not 16 <= args.pixels <= 4096 or min(args.seconds, args.rounds, args.depth or 1) < 1:
+    if args.pixels % 16 or not 16 <= args.pixels <= 4096 or min(args.seconds, args.rounds, 1 if args.depth is None else args.depth) < 1:
         parser.error("--pixels must be a multiple of 16 up to 4096, --seconds, --rounds and --depth at least 1")
     dtype, depth = torch.float32 if args.device == "cpu" else torch.bfloat16, {"depth": args.depth} if args.depth else {}
     steps = {}

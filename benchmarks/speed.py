@@ -94,7 +94,7 @@ def peers(add, quick):
     for length in (4096, 16384) if quick else (4096, 16384, 131072):
         for backward in (False, True):
             for name in every.keys() - {"ours"}:                # each peer at its best chunk size for this length
-                by_chunk = in_turn({chunk: runner(every[name], inputs(length), chunk, backward) for chunk in (32, 64, 128, 256)}, 1)
+                by_chunk = in_turn({chunk: runner(every[name], inputs(length), chunk, backward) for chunk in (32, 64, 128, 256)}, 3)
                 best[name] = min(by_chunk, key=by_chunk.get)
             runs = {name: runner(scan, inputs(length), best[name], backward) for name, scan in every.items()}
             taken = in_turn(runs, 3 if length > 100_000 else 9)

@@ -72,10 +72,10 @@ def test_ma_branch_sees_everything_and_tesa_its_window(layer):
 
 def test_layers_turn_the_scan_and_shift_the_windows():
     config = LinGenConfig(**SMALL)
-    assert [config.order(layer) for layer in range(5)] == [*lingen.SCANS, lingen.SCANS[0]]
+    assert [config.order(layer) for layer in range(5)] == [*lingen.SCANS[:4], lingen.SCANS[0]]
     assert [config.shift(layer) for layer in range(3)] == [(0, 0, 0), (1, 1, 1), (0, 0, 0)]
     model = LinGen(config)
-    assert [block.mixer.order for block in model.blocks] == list(lingen.SCANS)
+    assert [block.mixer.order for block in model.blocks] == list(lingen.SCANS[:4])
     assert [block.mixer.tesa.shift for block in model.blocks] == [(0, 0, 0), (1, 1, 1)] * 2
     for torus, travel in ((False, True), (True, False)):
         assert all((block.mixer.tesa.torus, block.mixer.tesa.travel) == (torus, travel) for block in LinGen(LinGenConfig(**SMALL, torus=torus, travel=travel)).blocks)
