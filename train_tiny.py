@@ -122,21 +122,24 @@ def draw_shapes(half, centre, size):
 
 
 def random_starts(specs, frames, generator, size=32):
-    """Places in frame 0: float32 (b, k, 2). The first object anywhere, a second where it keeps farthest from the first.
+    """Places in frame 0: float32 (b, k, 2). The first object anywhere; a second stands half the torus from it in the middle of the clip.
 
-    Where that is depends on the two motions alone. Were the second also put anywhere, the sampler would choose both places
-    near the noise, before it can be seen that two ways cross, and where objects meet it must know which lies on top.
+    Half of its width, its height or both: what keeps the two farthest apart, given how they move. So they stand to each
+    other as the parts of one shape do. Were the second also put anywhere, the sampler would choose both places near the noise,
+    before it can be seen that two ways cross, and where objects meet it must know which lies on top. A clip as long as the
+    world's period has no middle (`sample.sample` begins it anywhere): there the moment is drawn.
     """
     b, k, _ = specs.shape
     starts = torch.rand(b, 1, 2, generator=generator) * size                               # (b, 1, 2)
     if k == 1:
         return starts
     step = STEPS[specs[..., 2], specs[..., 3]]                                             # (b, k, 2)
-    t = torch.arange(min(frames, size))                  # whole-pixel steps: after `size` frames all repeats
-    drift = t[:, None] * (step[:, 1:] - step[:, :1])                                       # (b, t, 2)
-    apart = torch.cartesian_prod(torch.arange(size), torch.arange(size))                   # (size^2, 2)
-    gap = wrap(apart[:, None] + drift[:, None], size).norm(dim=-1).amin(-1)                # (b, size^2): the least over time
-    return torch.cat([starts, (starts + apart[gap.argmax(1)][:, None]) % size], 1)         # (b, k, 2)
+    middle = torch.full((b, 1), (frames - 1) / 2) if frames < size else torch.randint(size, (b, 1), generator=generator)
+    t = torch.arange(min(frames, size)) - middle         # whole-pixel steps: after `size` frames all repeats; (b, t)
+    drift = t[..., None] * (step[:, 1:] - step[:, :1])                                     # (b, t, 2)
+    half = torch.tensor([[size, size], [size, 0], [0, size]]) / 2                          # (3, 2)
+    gap = wrap(half[:, None] + drift[:, None], size).norm(dim=-1).amin(-1)                 # (b, 3): the least over time
+    return torch.cat([starts, (starts + (half[gap.argmax(1)] + drift[:, 0])[:, None]) % size], 1)  # (b, k, 2)
 
 
 def roll(pictures, moved):
@@ -170,12 +173,12 @@ def render(specs, starts, frames, size=32):
     return clip                                                                            # (b, 3, t, h, w)
 
 
-def caption(specs, generator=None, still=False, plain=False):
+def caption(specs, generator=None, still=False, plain=False, speeds=False):
     """Say in words what specs, int64 (k, 5), shows. Returns a str.
 
     still: a picture, no words of motion. plain: the one canonical wording, everything named ("a small
     red circle moving slowly left"). Otherwise the generator picks the words; size and speed are each
-    left out three times in ten, and then anything goes: "a red circle moving right".
+    left out three times in ten, and then anything goes: "a red circle moving right". speeds: every speed is named.
     """
     check_specs(specs, 2)
 
@@ -185,7 +188,7 @@ def caption(specs, generator=None, still=False, plain=False):
     phrases = []
     for colour, shape, direction, speed, size in specs.tolist():
         size, speed = tuple(SIZES)[size], tuple(SPEEDS)[speed]
-        say_size, say_speed = pick(*[True] * 7, *[False] * 3), pick(*[True] * 7, *[False] * 3)
+        say_size, say_speed = pick(*[True] * 7, *[False] * 3), pick(*[True] * 7, *[False] * 3) or speeds
         noun = f"{tuple(COLOURS)[colour]} {SHAPES[shape]}"
         noun = f"{pick(*SYNONYMS[size])} {noun}" if say_size else noun
         if still:
@@ -206,14 +209,15 @@ def caption(specs, generator=None, still=False, plain=False):
     return " and ".join(phrases)
 
 
-def make_batch(n, frames, generator, size=32, objects=1, held_out_only=False):
+def make_batch(n, frames, generator, size=32, objects=1, held_out_only=False, speeds=False):
     """n clips with captions: float32 (n, 3, frames, size, size), list of n str, specs int64 (n, objects, 5).
 
-    One frame is a still image, captioned without motion. All chance comes from the (CPU) generator.
+    One frame is a still image, captioned without motion. held_out_only as in `random_specs`, speeds as in `caption`. All
+    chance comes from the (CPU) generator.
     """
     specs = random_specs(n, generator, objects, held_out_only)
     clips = render(specs, random_starts(specs, frames, generator, size), frames, size)
-    return clips, [caption(s, generator, still=frames == 1) for s in specs], specs
+    return clips, [caption(s, generator, still=frames == 1, speeds=speeds) for s in specs], specs
 
 
 # ---- 2. The recipe -------------------------------------------------------------------------------
@@ -232,7 +236,7 @@ class Stage:
 # last. Every stage costs about the same per step, since fewer frames come in larger batches.
 STAGES = (Stage(1, 64, 0.04), Stage(4, 48, 0.10), Stage(16, 16, 0.70), Stage(64, 4, 0.10), Stage(256, 1, 0.06))
 IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
-LONG_EVERY = 2          # in the stages of long clips the odd steps show 16 frames, the others (but for the pictures) long clips: on these alone it unlearns those
+LONG_EVERY = 2          # in the stages of long clips the odd steps show 16 frames: trained on long clips only, the model forgets the short ones
 ONE_EVERY = 3           # with --objects 2, every third step shows one object, the others two
 ANY_TIME = 0.25         # share of clips whose time is drawn evenly from 0 to 1: see `draw_times`
 OWN_FROM = 0.5          # share of the steps after which the model is also shown its own predictions: see `rehearse`
@@ -294,7 +298,7 @@ def training_batch(step, steps, seed, objects=1):
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     stage = shown_at(step, steps)
     several = objects if objects == 1 or step % ONE_EVERY else 1
-    clips, captions, _ = make_batch(stage.batch, stage.frames, generator, objects=several)
+    clips, captions, _ = make_batch(stage.batch, stage.frames, generator, objects=several, speeds=several > 1)   # as `sample.complete` does
     text = sample.encode(captions, VOCABULARY)                                              # (b, n)
     text[torch.rand(len(text), generator=generator) < DROP] = 0
     t, noise = draw_times(len(clips), stage.frames, generator), sample.white_noise(clips.shape, generator, PERIOD)
@@ -512,7 +516,7 @@ def save(path, state):
 
 
 def publish(source, target):
-    """Cut a training checkpoint down to what sampling needs, weights in float16: a few MB that one can ship."""
+    """Cut a training checkpoint down to what sampling needs, weights in float16, with today's SAMPLING: a few MB that one can ship."""
     checkpoint = sample.load_checkpoint(source)
     if os.path.isfile(target) and "optimizers" in sample.load_checkpoint(target).get("training", {}):
         raise FileExistsError(f"{sample.show(target)} is a run that can be resumed, and would be lost; name another file")

@@ -8,7 +8,6 @@ each other, only both together are held against the ideal, and how they move mus
 of the toy world, hence the ideal picture. Letters and tables as in train_tiny.py.
 """
 import math
-import re
 import sys
 
 import torch
@@ -26,7 +25,7 @@ def parse(text):
     of a kind, or two objects share a colour.
     """
     found = []
-    for part in re.split(r"\band a\b", " ".join(sample.words(text))):     # "up and to the left" stays in one piece
+    for part in sample.objects(text):
         said = set(part.split())
         way = "-".join(w for w in ("up", "down", "left", "right") if w in said)            # "up left" -> "up-left"
         thing = {}
@@ -53,7 +52,8 @@ def parse(text):
 OVERLAP = 0.85        # soft intersection over union with the ideal shape
 AREA = 0.15           # a frame's area may differ by this part from the clip's median
 STRAY = 0.25          # brighter than this (black 0, full 1) is something, and belongs to some object
-STEP = 0.5            # pixels that a single step may miss its velocity by
+STEP = 0.5            # pixels that a single step may differ from the object's usual (median) step
+PACE = 0.25           # pixels that the usual step may miss the caption's by
 
 
 def soft(brightness):
@@ -65,7 +65,7 @@ def locate(mask):
     """Centre of mass on the torus: mask (t, h, w) -> (t, 2) as (x, y).
 
     The circular mean finds roughly where the mass is but is biased for a triangle; around that place
-    the torus can be cut open and the ordinary mean taken, which is exact for shapes under half its size.
+    the torus can be cut open and the ordinary mean taken, which is exact as long as no part lies half the torus from the middle.
     """
     size = mask.shape[-1]
     axis, centre = torch.arange(size), []
@@ -154,12 +154,13 @@ def read_object(p, tint, rest, centre, clear):
         around = torch.cartesian_prod(*[torch.tensor([-0.4, 0.0, 0.4])] * 2)               # (9, 2)
         scores[doubt] = torch.stack([match(tint[doubt], rest[doubt], centre[doubt] + a) for a in around]).amax(0)
     overlap, best = scores.max(1)                                                          # (t,) size * shapes + shape
-    # A step belongs to the frame that it leads to; frame 0 borrows the first. It reads as the whole-pixel
-    # velocity that it rounds to, or as none if that is not in the table.
+    # A step belongs to the frame that it leads to; frame 0 borrows the first. It reads as the velocity that it rounds to,
+    # or as none, if that is not in the table or the usual step is too far from it.
     step = wrap(centre.diff(dim=0), size) if len(centre) > 1 else torch.zeros(1, 2)
     step = torch.cat([step[:1], step])[:len(centre)]                                       # (t, 2)
     pace = step.median(0).values                                                           # (2,)
-    hit = (step.round()[:, None] == STEPS.view(16, 2)).all(2)                              # (t, 16)
+    near = (pace - STEPS.view(16, 2)).abs() <= PACE                                        # (16, 2)
+    hit = ((step.round()[:, None] == STEPS.view(16, 2)) & near).all(2)                     # (t, 16)
     velocity = torch.where(hit.any(1), hit.float().argmax(1), -1)
     some = clear if clear.any() else ~clear              # never clear: refused elsewhere, but do not crash here
     steady = (area / area[some].median().clamp(min=1e-6) - 1).abs() < AREA
@@ -183,7 +184,7 @@ def judge(clips, captions):
     clips: float (b, 3, t, size, size) in [-1, 1] with a list of b captions, or (3, t, size, size) with
     one str. Returns a list of b records, or one. A record is a dict:
       ok            everything below holds in every frame
-      colour_ok, shape_ok, size_ok, direction_ok, speed_ok   None where the caption names none, or t = 1
+      colour_ok, shape_ok, size_ok, direction_ok, speed_ok   None where the caption names none; the last two also for t = 1
       one_object    as many connected pieces as objects, and nothing else
       steady        size, form and step stay the same
       finite        no NaN and no infinity
@@ -288,18 +289,17 @@ def summary(records):
 
 
 def seed_of(clip, seed):
-    """What clip number `clip` of an evaluation draws its noise from: no noise twice."""
+    """What clip number `clip` draws its noise from: no noise twice among the first 10,007 of a seed."""
     return (10_007 * seed + clip) % 2**32
 
 
 def clips_for(model, captions, frames, options, seed):
-    """Sample clips for captions, a few at a time so that memory stays small: (n, 3, frames, 32, 32)."""
+    """Sample clips for captions, a few at a time so that memory stays small: yields clips (m, 3, frames, 32, 32) with their m captions."""
     step = max(1, 256 // frames)
-    parts = []
     for i in tqdm(range(0, len(captions), step), unit=f" x {step} clips", disable=not sys.stderr.isatty(), leave=False):
-        text = sample.encode(captions[i : i + step], model.vocabulary)
-        parts.append(sample.sample(model, text, (frames, 32, 32), seed=seed_of(i, seed), **options).cpu())
-    return torch.cat(parts)
+        part = captions[i : i + step]
+        text = sample.encode(part, model.vocabulary)
+        yield sample.sample(model, text, (frames, 32, 32), seed=seed_of(i, seed), **options).cpu(), part
 
 
 def score(model, n, frames, options, objects=1, held_out_only=False, seed=0):
@@ -308,7 +308,7 @@ def score(model, n, frames, options, objects=1, held_out_only=False, seed=0):
     _, captions, _ = make_batch(n, 1 if frames == 1 else 2, generator, objects=objects, held_out_only=held_out_only)
     if frames > 1:
         captions = [sample.complete(text, model.choices, seed_of(i, seed)) for i, text in enumerate(captions)]
-    records = judge(clips_for(model, captions, frames, options, seed), captions)
+    records = [record for clips, part in clips_for(model, captions, frames, options, seed) for record in judge(clips, part)]
     return records, summary(records)
 
 

@@ -83,10 +83,10 @@ def end_with_the_reader():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
-def check_out(parser, out):
-    """End with the parser's error, before any work, where the picture --out could not be written."""
+def check_out(parser, out, option="--out"):
+    """End with the parser's error, before any work, where the picture that an option names could not be written."""
     if not out.endswith(".png") or os.path.isdir(out) or not os.path.isdir(os.path.dirname(out) or "."):
-        parser.error(f"--out {out}: expected the name of a .png in a folder that exists")
+        parser.error(f"{option} {out}: expected the name of a .png in a folder that exists")
 
 
 def write(picture, path):
@@ -312,7 +312,7 @@ def examples():
     from sample import to_frames
     from train_tiny import make_batch
     clips, captions, _ = make_batch(5, 16, torch.Generator().manual_seed(3))
-    pairs, pair_captions, _ = make_batch(3, 16, torch.Generator().manual_seed(5), objects=2)
+    pairs, pair_captions, _ = make_batch(3, 16, torch.Generator().manual_seed(5), objects=2, speeds=True)
     page = Page(1060, 8 * 76 + 14)
     for row, (clip, words) in enumerate(zip([*clips, *pairs], captions + pair_captions)):
         for column, frame in enumerate(to_frames(clip)[::3]):
@@ -348,9 +348,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         code = sample.main(["a red circle moving right", "--checkpoint", args.checkpoint, "--out", f"{folder}/clip.gif",
                             "--emerge", str(args.out / "emerging.png")])
-    print(f"wrote six pictures and hero.gif in {args.out}")
+    if code == 0:
+        print(f"wrote six pictures and hero.gif in {args.out}")
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from benchmarks import common
+    common.run(main, "pictures.py")

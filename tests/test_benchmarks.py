@@ -1,9 +1,11 @@
 """The scripts that check the paper's claims: the counter of operations against a count by hand, and each script's own sums."""
 import dataclasses
+import importlib.util
 import itertools
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -164,8 +166,8 @@ def test_longest_and_fit_find_what_they_should():
         assert consumer.longest(lambda n, true=true, asked=asked: asked.append(n) or n <= true) == min(true, consumer.MOST)
         assert max(asked) <= consumer.MOST and len(asked) < 25
     assert consumer.fit([(10, 200), (30, 600)]) == (20, 0)
-    size, numbers = common.in_fresh_process(consumer.__file__, preset="small", width=128, seconds=2)
-    assert size == 1024 * 128 and 5 < numbers / size < 200
+    size, peak = common.in_fresh_process(consumer.__file__, preset="small", width=128, seconds=2)
+    assert size == 1024 * 128 and 10 < peak / size < 800
 
 
 # ---- adjacency ------------------------------------------------------------------------------------------
@@ -237,6 +239,27 @@ def test_ablations_train_by_the_recipe_and_measure_on_held_out_clips(monkeypatch
     assert train_tiny.held_out(seen[0][2]).all() and seen[0][0].shape == (4, 3, 16, 32, 32)
 
 
+def test_ablations_judge_the_average_trained_on_noise_that_never_repeats(monkeypatch):
+    monkeypatch.setattr(train_tiny, "PERIOD", train_tiny.PERIOD)
+    monkeypatch.setattr(ablations, "LENGTHS", (4, 16))
+    steps = []
+
+    def advance(self):
+        steps.append((train_tiny.PERIOD, self.settings["steps"], self.model.config.tesa))
+        self.average = {name: torch.full_like(value, 0.5) for name, value in self.average.items()}
+    monkeypatch.setattr(train_tiny.Run, "advance", advance)
+    average = lambda model: all((value == 0.5).all() for value in model.state_dict().values())
+    monkeypatch.setattr(ablations, "validation_loss", lambda model, frames: frames / 8 if average(model) else 0)
+
+    def score(model, n, frames, options):
+        assert average(model) and (n, frames, options["steps"]) == (7, 16, train_tiny.SAMPLING["steps"]) and model.vocabulary == train_tiny.VOCABULARY
+        return None, {name: 0.12345 for name in ablations.JUDGED}
+    monkeypatch.setattr(judge, "score", score)
+    row = ablations.child("without TESA", 1, 3, 7)
+    assert steps == [(0, 3, False)] * 3
+    assert row["loss_4"] == 0.5 and row["loss_16"] == 2 and row["direction"] == row["joint"] == 0.123 and row["cpu_seconds"] >= 0
+
+
 def test_ablations_go_seed_by_seed_skip_what_is_done_and_end_in_time(monkeypatch, tmp_path):
     calls, options = [], ("--seeds", 2, "--variants", "default", "DiT", "--out", tmp_path, "--plot", tmp_path / "plot.png")
 
@@ -301,12 +324,52 @@ def test_adapt_moves_to_clips_four_times_as_long(monkeypatch):
     monkeypatch.setattr(train_tiny.Run, "__init__", lambda self, *args: runs.append(self) or init(self, *args))
     monkeypatch.setattr(train_tiny.Run, "advance", lambda self: self.losses.append(train_tiny.training_batch(
         len(self.losses), self.settings["steps"], 0)[0].shape) or None)
-    monkeypatch.setattr(ablations, "validation_loss", lambda model, frames: (frames, len(runs[-1].losses)))
-    losses = adapt.child("DiT", 0, 4, 20, 5)
+    monkeypatch.setattr(train_tiny.Run, "averaged", lambda self: types.SimpleNamespace(after=len(self.losses)))
+    monkeypatch.setattr(ablations, "validation_loss", lambda model, frames: (frames, model.after))
+    monkeypatch.setattr(adapt, "moves_as_told", lambda model, captions, frames, seed: (model.after, model.vocabulary, captions, frames, seed))
+    measured = adapt.child("DiT", 7, 4, 20, 3, 5)
     frames = [shape[2] for shape in runs[0].losses]
-    assert losses == [(16, 20), (16, 25), (16, 30), (16, 35), (16, 40)] and len(frames) == 40
+    assert [loss for loss, _ in measured] == [(16, step) for step in (20, 23, 26, 29, 32, 35, 38)] and len(frames) == 40
+    assert [moves and (moves[0], *moves[2:]) for _, moves in measured] == [(20, 5, 16, 7), None, None, (29, 5, 16, 7), None, None, (38, 5, 16, 7)]
+    assert measured[0][1][1] is train_tiny.VOCABULARY
     assert set(frames[:4]) == {1} and 4 in frames[4:20] and 16 not in frames[:20] and set(frames[20:]) == {1, 16}
     assert runs[0].model.config.grid == (1, 8, 8) and train_tiny.learning_rate(39, 80, 1.0) == 40 / 50
+    configs = {model: dataclasses.asdict(preset("tiny", vocab_size=9, grid=(1, 8, 8), **changes)) for model, changes in adapt.MODELS.items()}
+    for model, name in (("LinGen", "travel"), ("DiT", "mixer")):                            # one thing apart
+        assert configs[model] != configs["without drift"]
+        assert {key for key in configs[model] if configs[model][key] != configs["without drift"][key]} <= {name, "travel"}
+
+
+def test_adapt_judges_every_second_by_itself(monkeypatch):
+    def clips_for(model, captions, frames, options, seed):
+        assert options["period"] == 0 and options["steps"] == train_tiny.SAMPLING["steps"] and seed == 4
+        drawn = train_tiny.random_specs(3, torch.Generator().manual_seed(30_000_001 + seed), held_out_only=True)
+        clips = train_tiny.render(drawn, torch.full((3, 1, 2), 9.5), frames)
+        clips[0, :, 20] = clips[0, :, 3]                                # one frame of one film, in its second second
+        yield from ((clip[None], [caption]) for clip, caption in zip(clips, captions))
+    monkeypatch.setattr(judge, "clips_for", clips_for)
+    assert adapt.moves_as_told(None, 3, 64, 4) == 11 / 12
+
+
+def test_adapt_goes_on_and_sums_up(monkeypatch, tmp_path, capsys):
+    made = []
+
+    def run(script, threads, model, seed, frames, steps, every, captions):
+        made.append((model, seed))
+        worse = 1 + list(adapt.MODELS).index(model)
+        return [[worse * (10 - step) + seed, step / 10 if step in (0, 1, 3) else None] for step in range(steps // every + 1)]
+    monkeypatch.setattr(common, "in_fresh_process", run)
+    options = ("--steps", 10, "--every", 3, "--out", tmp_path, "--plot", tmp_path / "plot.png")
+    call(monkeypatch, adapt, *options, "--seeds", 1)
+    call(monkeypatch, adapt, *options, "--seeds", 2)                    # goes on: seed 0 is not made again
+    assert made == [(model, seed) for seed in (0, 1) for model in adapt.MODELS]
+    rows = common.Table(tmp_path / "adapt.csv", resume=True).rows
+    assert [row["step"] for row in rows] == ["0", "3", "6", "9"] and [row["DiT moves"] for row in rows] == ["0.00", "0.10", "", "0.30"]
+    assert rows[1]["LinGen loss"] == "9.5000" and rows[1]["DiT loss"] == "27.5000" and rows[1]["dit_over_without_drift"] == "1.49"
+    assert not importlib.util.find_spec("matplotlib") or (tmp_path / "plot.png").stat().st_size > 5000
+    with pytest.raises(SystemExit):
+        call(monkeypatch, adapt, *options, "--captions", 3)
+    assert "other settings" in capsys.readouterr().err
 
 
 def test_minute_counts_seconds_and_films(monkeypatch, tmp_path):
@@ -316,7 +379,7 @@ def test_minute_counts_seconds_and_films(monkeypatch, tmp_path):
         good[0, 17] = False                                             # one frame of one film, in its second second
         return [dict(good=row) for row in good], dict(joint=(n - 1) / n, low=0.3, high=0.9)
     monkeypatch.setattr(judge, "score", score)
-    monkeypatch.setattr(common, "in_fresh_process", lambda script, checkpoint, frames, period: dict(seconds=1.23, mib=float(period)))
+    monkeypatch.setattr(common, "in_fresh_process", lambda script, checkpoint, frames, period, device: dict(seconds=1.23, mib=float(period), device=device))
     call(monkeypatch, minute, "--frames", 32, 64, "--captions", 2, "--period", 8, "--device", "cpu", "--out", tmp_path, "--plot", tmp_path / "plot.png")
     rows = common.Table(tmp_path / "minute.csv", resume=True).rows
     assert [row["peak_mib"] for row in rows] == ["8", "8"]              # the clip that is timed has the same noise
@@ -325,5 +388,5 @@ def test_minute_counts_seconds_and_films(monkeypatch, tmp_path):
 
 
 def test_minute_makes_a_clip_by_sample_py():
-    one = common.in_fresh_process(minute.__file__, checkpoint=str(ROOT / "assets" / "tiny.pt"), frames=4, period=2)
+    one = common.in_fresh_process(minute.__file__, checkpoint=str(ROOT / "assets" / "tiny.pt"), frames=4, period=2, device="cpu")
     assert one["seconds"] > 0 and one["mib"] > 100

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import popen
 
 import lingen
 import sample
@@ -83,19 +84,46 @@ def test_the_first_object_lies_on_top():
 
 
 @pytest.mark.parametrize("frames", [1, 7, 16, 40])
-def test_two_objects_keep_as_far_apart_as_they_can(frames):
-    specs = toy.random_specs(30, seeded(1), 2)
-    places = toy.random_starts(specs, frames, seeded(2))                                   # (b, k, 2)
+def test_two_objects_are_half_the_torus_apart_in_the_middle_of_a_clip(frames):
+    specs = toy.random_specs(200, seeded(1), 2)
+    specs[100:] = specs[:100].flip(1)                                                      # the same pairs, named the other way round
+    places = toy.random_starts(specs, frames, seeded(2)).double()                          # (b, k, 2)
     ways = toy.STEPS[specs[..., 2], specs[..., 3]]                                         # (b, k, 2)
 
-    def least(b, second):                                                      # by hand, pixel by pixel and frame by frame
-        away = [[(second[i] - places[b, 0, i] + t * (ways[b, 1, i] - ways[b, 0, i])).item() % 32 for i in (0, 1)] for t in range(frames)]
-        return min(math.hypot(*(min(d, 32 - d) for d in pair)) for pair in away)
-    for b in range(3):
+    def away(b, t, second):                                                    # by hand: across the torus, at the moment t
+        return [((second[i] - places[b, 0, i] + t * (ways[b, 1, i] - ways[b, 0, i])).item() + 16) % 32 - 16 for i in (0, 1)]
+
+    def least(b, second):
+        return min(math.hypot(*away(b, t, second)) for t in range(frames))
+
+    def near(pair, wanted):
+        return all(abs(abs(x) - w) < 1e-4 for x, w in zip(pair, wanted))
+    halves, met, moments = ((16, 16), (16, 0), (0, 16)), set(), set()
+    for b in range(200):
+        middle = [t for t in ([(frames - 1) / 2] if frames < 32 else range(32)) if any(near(away(b, t, places[b, 1]), half) for half in halves)]
+        assert middle, f"pair {b} is never half the torus apart"
+        half = next(half for half in halves if near(away(b, middle[0], places[b, 1]), half))
+        met.add(half)
+        moments.add(middle[0])
+        others = [places[b, 0] + torch.tensor(h) - middle[0] * (ways[b, 1] - ways[b, 0]) for h in halves]
+        assert abs(least(b, places[b, 1]) - max(least(b, other) for other in others)) < 1e-4
+        assert abs(least(b, places[b, 1]) - least((b + 100) % 200, places[(b + 100) % 200, 1])) < 1e-4
+    assert len(met) == (1 if frames == 1 else 3) and len(moments) > 5 * (frames >= 32)
+    for b in range(3 if frames < 32 else 0):                                   # at any of 1024 places they would be hardly farther apart
         best = max(least(b, places[b, 0] + torch.tensor([dx, dy])) for dx in range(32) for dy in range(32))
-        assert abs(least(b, places[b, 1]) - best) < 1e-4
-    assert min(least(b, places[b, 1]) for b in range(30)) > (7 if frames <= 16 else 4)
+        assert least(b, places[b, 1]) > best - 2.4
+    assert min(least(b, places[b, 1]) for b in range(200)) > (7 if frames <= 16 else 4)
     assert places.min() >= 0 and places.max() < 32 and places[:, 0].std(0).min() > 5
+
+
+def test_training_names_every_speed_of_two_objects_as_the_sampler_does():
+    speeds = {"slowly", "slow", "quickly", "fast"}
+    for objects, whole in ((2, True), (1, False)):
+        captions = toy.make_batch(60, 16, seeded(), objects=objects, speeds=objects > 1)[1]
+        assert all(speeds & set(thing.split()) for text in captions for thing in text.split(" and a ")) is whole
+    text = toy.training_batch(1201, 2000, 0, objects=2)[1]                     # 16 frames, two objects
+    named = [sum(toy.VOCABULARY[i - 1] in speeds for i in row if i > 0) for row in text.tolist()]
+    assert named.count(2) > 8 and set(named) <= {0, 2}                         # 0: the captions that are taken away
 
 
 @pytest.mark.parametrize("objects", [1, 2])
@@ -352,6 +380,13 @@ def test_each_rule_of_the_judge_is_needed():
     assert failed(ruler.judge(still_of((0, 0, 0, 0, 0)), "a red circle moving left")) == {"direction"}
 
 
+@pytest.mark.parametrize("x, y, ok", [(1, 0, True), (1.15, -0.15, True), (0.6, 0, False), (1.4, 0, False), (1, 0.4, False)])
+def test_a_pace_that_only_rounds_to_the_captions_is_another(x, y, ok):
+    spec = torch.tensor([[[0, 0, 0, 0, 1]]])
+    clip = torch.cat([toy.render(spec, torch.tensor([[[5.0 + x * i, 5.0 + y * i]]]), 1)[0] for i in range(16)], 1)
+    assert failed(ruler.judge(clip, "a red circle moving right slowly")) == (set() if ok else {"direction", "speed"})
+
+
 def test_two_objects_bind_to_their_own_words():
     g = seeded(1)
     specs = toy.random_specs(60, g, 2)
@@ -419,7 +454,7 @@ COMMAND = ("import sys, torch, train_tiny as t; torch.set_num_threads(1); t.STAG
 
 
 def command(*args, **kwargs):
-    return subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, args)], cwd=ROOT, text=True,
+    return popen([sys.executable, "-c", COMMAND, *map(str, args)], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 
@@ -452,16 +487,23 @@ def test_a_step_makes_its_own_data(small):
 
 
 def test_training_never_shows_what_is_held_out_and_sometimes_hides_the_caption(small):
-    empty = words = captions = 0
+    empty = words = captions = told = 0
+    tables = list(toy.ATTRIBUTES.values())[:3]
     for step in range(0, 200):
-        clips, text, t, noise, earlier, before = toy.training_batch(step, 200, seed=1)
+        clips, text, t, noise, earlier, before = toy.training_batch(step, 200, seed=1, objects=1 + step % 2)
+        for row in text[(text > 0).any(1)].tolist() if len(clips[0, 0]) > 1 else ():
+            for thing in ruler.parse(" ".join(toy.VOCABULARY[i - 1] for i in row if i)):
+                triple = [table.index(thing[name]) for name, table in zip(toy.ATTRIBUTES, tables)]
+                told += 1
+                assert not toy.held_out(torch.tensor([*triple, 0, 0])), thing
+        if step % 2:
+            continue
         empty += int((text == 0).all(1).sum())
         words, captions = words + int((text > 0).sum()), captions + int((text > 0).any(1).sum())
         assert clips.shape == noise.shape and len(t) == len(clips) and ((t > 0) & (t < 1)).all()
-    assert 10 < empty < 50                                          # a twentieth of 500
-    assert 5.7 < words / captions < 6.2                             # those that are left keep all their words
-    specs = torch.cat([toy.random_specs(500, seeded(i)) for i in range(4)])
-    assert not toy.held_out(specs).any()
+    assert told > 300
+    assert 0.03 < empty / (captions + empty) < 0.07                 # a twentieth
+    assert 5.0 < words / captions < 6.2                             # those that are left keep all their words
 
 
 def test_times_move_to_the_noise_as_clips_grow(monkeypatch):
@@ -718,4 +760,5 @@ def test_the_shipped_checkpoint_draws_what_it_is_told():
                           **sample.steps_for(checkpoint["sampling"]))
     records = ruler.judge(clips, captions)
     assert all(record["colour_ok"] and record["finite"] for record in records)
-    assert sum(record["shape_ok"] and record["size_ok"] is not False and record["one_object"] for record in records) >= 3
+    right = [all(record[name] is not False for name in ("shape_ok", "size_ok", "one_object", "direction_ok", "speed_ok")) for record in records]
+    assert sum(right) >= 3, right
