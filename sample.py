@@ -230,8 +230,8 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     ts, b = times(steps, schedule, shift).tolist(), len(text)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(b)]
     (frames, *size), torus = shape, model.config.torus
-    ring = time_is_a_ring(model.config, shape, period)
-    rounds = -(-frames // period) * period if ring else frames
+    ring = whole_periods(model.config, shape, period)
+    rounds = ring or frames
 
     def noise():
         return torch.stack([white_noise((model.config.channels, rounds, *size), g, period) for g in generators]).to(device)
@@ -239,7 +239,7 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     # Where each step stands in space and time: the same for all clips, whatever their seeds.
     generator = torch.Generator().manual_seed(0)
     places = torch.randint(size[0] * size[1], (steps, 2), generator=generator) * torus                      # (steps, 2)
-    moments = torch.randint(rounds, (steps, 1), generator=generator) * ring                                 # (steps, 1)
+    moments = torch.randint(rounds, (steps, 1), generator=generator) * (ring > 0)                                 # (steps, 1)
     places = torch.cat([moments, places], 1).tolist()
 
     def ask(x, t, text, place):
@@ -276,10 +276,11 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     return x[:, :, :frames].clamp(-1, 1)
 
 
-def time_is_a_ring(config, shape, period: int) -> bool:
-    """Does the clip come back to its beginning after `period` frames, see `sample`? shape: (frames, height, width)."""
+def whole_periods(config, shape, period: int) -> int:
+    """The frames that are made of a clip of shape (frames, height, width) where time is a ring, see `sample`; 0 where it is none."""
     frames, *size = shape
-    return config.torus and frames >= period == math.lcm(*size) and period % config.patch[0] == 0
+    ring = config.torus and frames >= period == math.lcm(*size) and period % config.patch[0] == 0
+    return -(-frames // period) * period if ring else 0
 
 
 def check(settings: dict) -> None:
@@ -679,9 +680,8 @@ def lacks_memory(config, shape, settings, device, least=False) -> str:
     A forward pass holds some 30 float32 numbers per token and feature at once (measured), surely 16. Guidance doubles it.
     """
     import torch
-    guidance, period = settings["guidance"], settings["period"]
-    if time_is_a_ring(config, shape, period):
-        shape = (-(-shape[0] // period) * period, *shape[1:])           # what is made, before it is cut to length
+    guidance = settings["guidance"]
+    shape = (whole_periods(config, shape, settings["period"]) or shape[0], *shape[1:])      # what is made, before it is cut to length
     need = math.prod(-(-size // p) for size, p in zip(shape, config.patch)) * config.d_model * 4 * (16 if least else 30) * (1 if guidance == 1 else 2)
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     if torch.device(device).type == "cuda":

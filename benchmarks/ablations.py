@@ -113,10 +113,8 @@ def main():
     args = common.arguments(parser, child)
     if min(args.steps, args.seeds, args.captions, args.workers) < 1:
         parser.error("--steps, --seeds, --captions and --workers must be at least 1")
-    table = common.Table(Path(args.out) / "ablations.csv", resume=True)
     settings = dict(steps=args.steps, captions=args.captions)
-    if any(row[name] != str(value) for row in table.rows for name, value in settings.items()):
-        parser.error(f"{table.path} holds rows made with other settings than {settings}: give the same, or another --out")
+    table = common.going_on(parser, Path(args.out) / "ablations.csv", settings)
     done = {(row["variant"], int(row["seed"])) for row in table.rows}
     wanted = [(variant, seed) for seed in range(args.seeds) for variant in args.variants if (variant, seed) not in done]
     until, stop, writing = time.monotonic() + 60 * args.minutes, threading.Event(), threading.Lock()

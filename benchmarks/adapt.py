@@ -89,10 +89,8 @@ def main():
     args = common.arguments(parser, child)
     if min(args.steps, args.every, args.seeds, args.captions) < 1:
         parser.error("--steps, --every, --seeds and --captions must be at least 1")
-    curves = common.Table(Path(args.out) / "adapt_curves.csv", resume=True, quiet=True)
     settings = dict(frames=args.frames, steps=args.steps, every=args.every, captions=args.captions)
-    if any(row[name] != str(value) for row in curves.rows for name, value in settings.items()):
-        parser.error(f"{curves.path} holds curves made with other settings than {settings}: give the same, or another --out")
+    curves = common.going_on(parser, Path(args.out) / "adapt_curves.csv", settings, quiet=True)
     done = {(row["model"], int(row["seed"])) for row in curves.rows}
     wanted = [(model, seed) for seed in range(args.seeds) for model in MODELS if (model, seed) not in done]
     for model, seed in tqdm(wanted, unit="run", leave=False, disable=None):

@@ -188,6 +188,14 @@ def plot(path, draw, panels=1):
     print(f"wrote {path}")
 
 
+def going_on(parser, path, settings, quiet=False):
+    """The table at `path`, with its rows: the parser's error where they were made with other settings than these."""
+    table = Table(path, resume=True, quiet=quiet)
+    if any(row.get(name) != str(value) for row in table.rows for name, value in settings.items()):
+        parser.error(f"{table.path} holds rows made with other settings than {settings}: give the same, or another --out")
+    return table
+
+
 def run(main, name):
     """main() with a plain end: one line instead of a traceback, and after Ctrl-C the finished rows are there."""
     try:

@@ -455,7 +455,7 @@ COMMAND = ("import sys, torch, train_tiny as t; torch.set_num_threads(1); t.STAG
 
 def command(*args, **kwargs):
     return popen([sys.executable, "-c", COMMAND, *map(str, args)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 
 @pytest.fixture
