@@ -56,7 +56,7 @@ SCHEDULES = ("uniform", "linear-quadratic", "shifted")
 # noise under another name. Movie Gen's schedule imitates 1000 steps, so more than that are never of use.
 LIMITS = {"frames": (int, 1, 4096), "height": (int, 1, 4096), "width": (int, 1, 4096), "steps": (int, 1, 1000),
           "fresh": (float, 0, 1), "period": (int, 0, 4096), "seed": (int, 0, 2**32 - 1), "scale": (int, 1, 64), "fps": (float, 1, 100), "shift": (float, 1, 100),
-          "guidance": (float, 0, 100)}
+          "guidance": (float, 0, 100), "views": (int, 1, 64)}
 
 
 # What to do about what the system says.
@@ -186,10 +186,10 @@ def white_noise(shape, generator, period: int = 0):
 
 def steps_for(sampling: dict) -> dict:
     """The arguments of `sample` that say how to step, from a checkpoint's sampling defaults."""
-    return {name: sampling[name] for name in ("steps", "guidance", "schedule", "shift", "fresh", "period") if name in sampling}
+    return {name: sampling[name] for name in ("steps", "guidance", "schedule", "shift", "fresh", "period", "views") if name in sampling}
 
 
-def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", shift=1.0, fresh=0.0, period=0, seed=0,
+def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", shift=1.0, fresh=0.0, period=0, views=1, seed=0,
            progress=False, callback=None):
     """Clips for captions: (b, channels, frames, height, width) float32 in [-1, 1], on the model's device.
 
@@ -207,8 +207,10 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     of DDPM (Ho et al. 2020); up to there the clips stay as varied as the data, beyond they become more alike: 1 draws
     them to what is likeliest.
     period: frames after which the noise repeats, see `white_noise`; 0: never.
-    A model of a torus (config.torus) is asked from another place at every step: a clip that is rolled around is as good
-    a clip, but the borders of patches and of the scan, where mistakes are made, fall elsewhere, and those do not add up.
+    views: from how many places each step asks a model of a torus (config.torus), itself being elsewhere at every step. A clip that
+    is rolled around is as good a clip, and the best answer rolls with it; but the borders of patches and of the scan, where mistakes are
+    made, fall elsewhere. So mistakes do not add up over the steps, and the mean of several answers misses by less than one: of what
+    depends on the place, all but its mean is gone. Each view takes the time of a step.
     If that torus is `period` pixels wide, a world of whole-pixel steps is back where it was after `period` frames: time is a ring
     as well. Clips of a period or more are then made in whole periods, rolled along time, too, before each question, and cut
     to length in the end. Otherwise the borders between tokens, which hold several frames, would always fall on the same
@@ -218,7 +220,7 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     import torch
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is {type(model).__name__}; load_model makes one from a checkpoint")
-    check({"seed": seed, "guidance": guidance, "steps": steps, "shift": shift, "fresh": fresh, "period": period})
+    check({"seed": seed, "guidance": guidance, "steps": steps, "shift": shift, "fresh": fresh, "period": period, "views": views})
     check_shape(model.config, *shape)
     if not torch.is_tensor(text) or text.ndim != 2 or text.dtype != torch.int64 or not text.shape[0]:
         raise ValueError(f"text is {getattr(text, 'dtype', type(text))} {list(getattr(text, 'shape', []))}; "
@@ -238,13 +240,17 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
 
     # Where each step stands in space and time: the same for all clips, whatever their seeds.
     generator = torch.Generator().manual_seed(0)
-    places = torch.randint(size[0] * size[1], (steps, 2), generator=generator) * torus                      # (steps, 2)
-    moments = torch.randint(rounds, (steps, 1), generator=generator) * (ring > 0)                                 # (steps, 1)
-    places = torch.cat([moments, places], 1).tolist()
+    views = views if torus else 1                                                    # elsewhere all views would be one
+    places = torch.randint(size[0] * size[1], (steps, views, 2), generator=generator) * torus
+    moments = torch.randint(rounds, (steps, views, 1), generator=generator) * (ring > 0)
+    places = torch.cat([moments, places], 2).tolist()                                # (steps, views, 3)
 
-    def ask(x, t, text, place):
-        out = model(x.roll(place, (2, 3, 4)), torch.full((len(x),), t, device=device), text)
-        return out.roll([-moved for moved in place], (2, 3, 4))                      # (b, c, t, h, w)
+    def ask(x, t, text, step):
+        answers = []
+        for place in places[step]:
+            out = model(x.roll(place, (2, 3, 4)), torch.full((len(x),), t, device=device), text)
+            answers.append(out.roll([-moved for moved in place], (2, 3, 4)))         # (b, c, t, h, w)
+        return sum(answers) / views
 
     x = noise()                                                                      # (b, c, t, h, w)
     text = text.to(device)                                                           # (b, n)
@@ -255,12 +261,12 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
         for step in tqdm(range(steps), disable=not progress, file=sys.stderr, unit="step", leave=False):
             t, later = ts[step], ts[step + 1]
             if guidance == 1:
-                out = ask(x, t, text, places[step])
+                out = ask(x, t, text, step)
             else:
                 # Classifier-free guidance: what the caption adds to the prediction, exaggerated. Both predictions
                 # come from one doubled batch. Velocity and clean clip are affine in each other at fixed
                 # (x_t, t), so guiding the one guides the other; whichever the model predicts will do.
-                out = ask(torch.cat([x, x]), t, text, places[step])                  # (2b, c, t, h, w)
+                out = ask(torch.cat([x, x]), t, text, step)                          # (2b, c, t, h, w)
                 with_caption, without = out.chunk(2)
                 out = without + guidance * (with_caption - without)                  # (b, c, t, h, w)
             x1 = x + (1 - t) * out if model.config.predicts == "velocity" else out
@@ -550,6 +556,8 @@ def parse(argv):
         add(f"--{name}", type=kind, help=f"{low} to {high}" + "; the shipped checkpoint has learnt 32 only" * (name in ("height", "width")))
     add("--period", type=int, help="frames after which the noise repeats, 0: never; the toy's world repeats after as many frames as it is wide in pixels, "
         "and clips of a period or more are made in whole periods, then cut")
+    add("--views", type=int, help="the mean of so many answers makes a step, each from another place of the toy's torus (1 to 64): 1 halves the time of the "
+        "shipped checkpoint's 2, more helps little")
     add("--schedule", choices=SCHEDULES)
     add("--checkpoint", default=Path(__file__).parent / "assets" / "tiny.pt")
     add("--device", help="default: cuda, else mps, else cpu")
@@ -616,7 +624,7 @@ def prepare(args):
     torch.set_float32_matmul_precision("medium")  # as in training: products may round to bfloat16 where the hardware has it
     model, checkpoint = load_model(args.checkpoint, device, args.backend)
     settings = {"frames": 16, "height": 64, "width": 64, "fps": 16, "steps": 50, "guidance": 1.0, "fresh": 0.0, "period": 0,
-                "seed": 0, "schedule": "uniform", "shift": 1.0}
+                "views": 1, "seed": 0, "schedule": "uniform", "shift": 1.0}
     for source in (checkpoint["sampling"], vars(args)):  # the later overrules the earlier
         settings |= {name: source[name] for name in settings if source.get(name) is not None}
     check_shape(model.config, settings["frames"], settings["height"], settings["width"])

@@ -249,7 +249,7 @@ PERIOD = 32             # frames after which this world, whole-pixel steps on a 
 
 # What a checkpoint asks of sample.py: these are the defaults that `python sample.py` falls back to.
 SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 48, "guidance": 1.0, "schedule": "shifted", "shift": 8.0,
-            "fresh": 1.0, "period": PERIOD, "choices": [list(SYNONYMS[speed]) for speed in SPEEDS]}
+            "fresh": 1.0, "period": PERIOD, "views": 2, "choices": [list(SYNONYMS[speed]) for speed in SPEEDS]}
 
 
 def stage_at(step, steps):
@@ -686,6 +686,7 @@ def main(argv=None):
     add("--captions", type=int, default=100, help="how many, with --evaluate (default 100)")
     add("--frames", type=int, default=16, help="per clip, with --evaluate (default 16)")
     add("--guidance", type=float, help="of the sampler, with --evaluate (default: the checkpoint's; other than 1 takes twice the time)")
+    add("--views", type=int, help="of the sampler, with --evaluate: places from which each step asks (default: the checkpoint's, 2)")
     instead("--publish", nargs=2, metavar=("FROM", "TO"), help="do not train: cut a checkpoint down to what sampling needs")
     instead("--examples", metavar="FILE.png", help="do not train: draw examples of the data with their captions")
     wrong = 2
@@ -697,9 +698,9 @@ def main(argv=None):
         if args.evaluate:
             from benchmarks.judge import evaluate
             model, checkpoint = sample.load_model(args.evaluate, sample.choose_device(args.device))
-            if args.guidance is not None:
-                sample.check({"guidance": args.guidance})
-                checkpoint["sampling"]["guidance"] = args.guidance
+            asked = {name: getattr(args, name) for name in ("guidance", "views") if getattr(args, name) is not None}
+            sample.check(asked)
+            checkpoint["sampling"] |= asked
             sample.check_shape(model.config, args.frames, 32, 32)
             wrong = 1
             evaluate(model, checkpoint, args.captions, args.frames, args.objects, args.seed)

@@ -319,7 +319,7 @@ def evaluate(model, checkpoint, n=100, frames=16, objects=1, seed=0):
     options = sample.steps_for(checkpoint["sampling"])
     results = [score(model, n, frames, options, objects, held, seed) for held in (False, True)]
     seen, new = (result for _, result in results)
-    print(f"{n} captions each, {frames} frames, {objects} object{'s' * (objects > 1)}, {options['steps']} steps, guidance {options['guidance']}\n")
+    print(f"{n} captions each, {frames} frames, {objects} object{'s' * (objects > 1)}, {options['steps']} steps of {options.get('views', 1)} view{'s' * (options.get('views', 1) > 1)}, guidance {options['guidance']}\n")
     print(f"{'':24}{'seen in training':>20}{'held out':>20}")
     percent = lambda value: "-" if value is None else f"{100 * value:.1f} %"
     for name in (*(f"{a}_ok" for a in ATTRIBUTES), "one_object", "steady", "overlap_ok"):

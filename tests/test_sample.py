@@ -260,7 +260,7 @@ def test_seeds(checkpoint):
 @pytest.mark.parametrize("change", [
     {"text": TEXT.float()}, {"text": TEXT[0]}, {"text": TEXT[:0]}, {"text": [[1]]}, {"shape": (0, 4, 4)},
     {"shape": (3, 4, 4)}, {"shape": (2, 5, 4)}, {"shape": (2, 4, -4)}, {"shape": (2, 4, 4.0)}, {"steps": 0},
-    {"guidance": float("nan")}, {"guidance": float("inf")}, {"guidance": "3"}, {"seed": -1}, {"seed": 2**32}, {"schedule": "x"}, {"period": -1}, {"period": 2.5}])
+    {"guidance": float("nan")}, {"guidance": float("inf")}, {"guidance": "3"}, {"seed": -1}, {"seed": 2**32}, {"schedule": "x"}, {"period": -1}, {"period": 2.5}, {"views": 0}, {"views": True}])
 def test_sample_refuses(change):
     model = Stub(lambda x, t, text: x, patch=(2, 4, 4))
     with pytest.raises(ValueError):
@@ -345,6 +345,36 @@ def test_on_a_torus_each_step_asks_from_another_place(guidance):
     for rolled, plain in zip(seen[True], seen[False]):
         found += [(y, x) for y in range(4) for x in range(6) if torch.equal(rolled, plain.roll((y, x), (3, 4)))]     # the whole batch alike
     assert len(found) == 12 and len({y for y, _ in found}) > 2 and len({x for _, x in found}) > 3
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("frames, period", [(2, 0), (4, 4)])
+def test_views_are_averaged_each_from_a_place_of_its_own(guidance, frames, period):
+    """A model with a mistake that stays at its place: a step of three views makes a third of it at each of three places."""
+    mistake = torch.randn(1, 3, frames, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def model(x, t, text):
+        seen.append(x[:2].clone())
+        return 0.5 * x + mistake
+    for torus in (True, False):
+        seen, steps, stub = [], [], Stub(model, "clean")
+        stub.config.torus = torus
+        S.sample(stub, TEXT, (frames, 4, 4), steps=5, views=3, guidance=guidance, fresh=1.0, period=period, callback=lambda step, x1: steps.append(x1))
+        if not torus:               # where nothing rolls, three views would be the same one three times
+            assert len(seen) == 5
+            break
+        assert len(seen) == 15
+        rolls = [(z, y, x) for z in range(frames if period else 1) for y in range(4) for x in range(4)]
+        for step, x1 in enumerate(steps):
+            # Where the views of this step stood: all are rolls of one clip, and the answer says of which.
+            fits = []
+            for start in rolls:
+                clip = seen[3 * step].roll([-moved for moved in start], (2, 3, 4))
+                places = [next((r for r in rolls if torch.equal(clip.roll(r, (2, 3, 4)), view)), None) for view in seen[3 * step:3 * step + 3]]
+                if None not in places:
+                    mean = sum(mistake.roll([-moved for moved in r], (2, 3, 4)) for r in places) / 3
+                    fits += [len(set(places))] * torch.allclose(0.5 * clip + mean, x1, atol=1e-5)
+            assert len(fits) == 1 and fits[0] >= 2
 
 
 @pytest.mark.parametrize("frames", [4, 7, 8, 9])
@@ -659,6 +689,8 @@ WRONG = [  # arguments, what the message must say
     (["a", "--guidance", "nan"], "guidance is nan"),
     (["a", "--guidance", "inf"], "guidance is inf"),
     (["a", "--guidance", "-1"], "from 0"),
+    (["a", "--views", "0"], "views is 0"),
+    (["a", "--views", "1.5"], "invalid int"),
     (["a", "--seed", "-1"], "seed is -1"),
     (["a", "--seed", str(2**32)], "seed is"),
     (["a", "--frames", "4096", "--height", "4096", "--width", "4096"], "times smaller"),

@@ -688,9 +688,9 @@ def test_published_checkpoint_is_small_and_samples(small, tmp_path):
 def test_evaluation_prints_its_table(small, tmp_path, capsys):
     out = tmp_path / "run.pt"
     assert toy.main(["--steps", "1", "--out", str(out)]) == 0
-    assert toy.main(["--evaluate", str(out), "--captions", "2", "--frames", "4", "--guidance", "2"]) == 0
+    assert toy.main(["--evaluate", str(out), "--captions", "2", "--frames", "4", "--guidance", "2", "--views", "3"]) == 0
     said = capsys.readouterr().out
-    assert all(word in said for word in ("colour", "direction", "one object", "all right", "95 % interval", "held out", "flicker", "guidance 2.0"))
+    assert all(word in said for word in ("colour", "direction", "one object", "all right", "95 % interval", "held out", "flicker", "of 3 views, guidance 2.0"))
 
 
 def test_examples_are_drawn(tmp_path):
@@ -700,7 +700,8 @@ def test_examples_are_drawn(tmp_path):
 
 @pytest.mark.parametrize("args, code, says", [
     (["--steps", "0"], 2, "--steps"), (["--steps", "many"], 2, "steps"), (["--rate", "nan"], 2, "--rate"), (["--objects", "3"], 2, "objects"),
-    (["--seed", "-1"], 2, "--seed"), (["--evaluate", str(ROOT / "assets" / "tiny.pt"), "--guidance", "nan"], 2, "guidance is nan"), (["--nonsense"], 2, "nonsense"), (["--evaluate", "missing.pt"], 2, "missing.pt"),
+    (["--seed", "-1"], 2, "--seed"), (["--evaluate", str(ROOT / "assets" / "tiny.pt"), "--guidance", "nan"], 2, "guidance is nan"),
+    (["--evaluate", str(ROOT / "assets" / "tiny.pt"), "--views", "0"], 2, "views is 0"), (["--nonsense"], 2, "nonsense"), (["--evaluate", "missing.pt"], 2, "missing.pt"),
     (["--resume", "--out", "missing.pt"], 2, "missing.pt"), (["--device", "tpu"], 2, "device"), (["--publish", "missing.pt", "x.pt"], 2, "missing.pt"),
     (["--examples", "no/such/folder.png"], 2, "make it first"), (["--save-every", "-5"], 2, "--save-every")])
 def test_wrong_calls_get_one_line(args, code, says, capsys, monkeypatch, tmp_path):
