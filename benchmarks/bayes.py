@@ -1,6 +1,6 @@
 """How near is the model to the best denoiser there can be? In the toy world that one can be computed.
 
-    python benchmarks/bayes.py                          the shipped checkpoint, some 3 minutes of one core
+    python benchmarks/bayes.py                          the shipped checkpoint, 5 minutes of one core
     python benchmarks/bayes.py runs/tiny.pt             one that you have trained
 
 A caption that names everything leaves one thing open: where the shape is. Of a noisy clip x = (1 - t) noise + t clip, Bayes'
@@ -90,8 +90,8 @@ def measure(model, objects, n, seed, times=TIMES):
                 answers.append((1 + out.roll([-p for p in place], (3, 4))) / 2)
         missed = lambda guess: round((guess - (1 + clips) / 2).square().sum((1, 2, 3, 4)).mean().item() / 16, 2)
         found = {f"views_{k}": missed(sum(answers[:k]) / k) for k in (1, 2, 8)}
-        for name, together in (("best_apart", False), ("best", True))[objects == 1 :]:
-            found[name] = missed(torch.stack([best(x, t, spec, together) for x, spec in zip(noisy, specs)]))
+        for name, together in (("best_apart", False), ("best", True)):
+            found[name] = missed(torch.stack([best(x, t, spec, together) for x, spec in zip(noisy, specs)])) if together or objects == 2 else None
         yield dict(objects=objects, t=t, **found)
 
 
@@ -103,8 +103,10 @@ def draw(rows):
         for axis, objects in zip(axes, ("1", "2")):
             own = [row for row in rows if row["objects"] == objects]
             for colour, (name, label) in zip(common.COLOURS, names.items()):
-                if name in own[0]:
+                if own[0][name]:
                     axis.loglog([float(row["t"]) for row in own], [float(row[name]) for row in own], color=colour, label=label)
+            axis.minorticks_off()
+            axis.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5], ["0.02", "0.05", "0.1", "0.2", "0.5"])
             axis.set(title=("one object", "two objects")[objects == "2"], xlabel="time t: 0 noise, 1 clip", ylabel="squared error per frame")
         axes[1].legend()
     return panels
