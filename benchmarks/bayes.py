@@ -12,7 +12,6 @@ shape (by FFT) gives the weights of all places, a quarter of a pixel apart.
 Of two objects the second's place follows from the first's (`train_tiny.random_starts`). `best` knows that; `best_apart` weighs each
 one's places by itself. Overlaps of the two are not reckoned with. Shown: squared error of the brightness, per frame.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from tqdm import tqdm  # noqa: E402
 
 import sample  # noqa: E402
 import train_tiny  # noqa: E402
-from benchmarks import common, pictures  # noqa: E402
+from benchmarks import common  # noqa: E402
 
 TIMES = (0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5)
 FINE = 4                # places in a pixel, along each axis
@@ -39,15 +38,15 @@ def shapes(spec, fine):
     return (cover[:, None] * train_tiny.RGB[colour][:, None, None]).unflatten(0, (fine, fine))
 
 
-def back(spec, frames, sign):
-    """How far each frame is rolled, (1, frames, 2): with the motion of spec (5,) (sign 1), or back to the first (-1)."""
-    return sign * torch.arange(frames)[None, :, None] * train_tiny.STEPS[spec[2], spec[3]]
+def moved(spec, frames):
+    """How far spec (5,) has moved since frame 0, for each colour channel: (3, frames, 2)."""
+    return (torch.arange(frames)[:, None] * train_tiny.STEPS[spec[2], spec[3]]).expand(3, -1, -1)
 
 
 def weights(noisy, t, spec, fine):
     """Logarithms of the weights of all places, (fine h, fine w): noisy (3, frames, h, w) at time t, spec (5,)."""
     signal, drawn = (noisy + t) / 2, shapes(spec, fine)             # t brightness + (1 - t) / 2 noise
-    added = train_tiny.roll(signal, back(spec, signal.shape[1], -1).expand(3, -1, -1)).sum(1)               # (3, h, w)
+    added = train_tiny.roll(signal, -moved(spec, signal.shape[1])).sum(1)     # (3, h, w)
     match = torch.fft.ifft2(torch.fft.fft2(added) * torch.fft.fft2(drawn).conj()).real.sum(2)               # (fine, fine, h, w)
     power = signal.shape[1] * drawn.square().sum((2, 3, 4))[..., None, None]
     log = (t * match - t * t * power / 2) / ((1 - t) / 2) ** 2
@@ -59,7 +58,7 @@ def mean_clip(share, spec, frames):
     fine = len(share) // SIZE
     share = share.view(SIZE, fine, SIZE, fine).permute(1, 3, 0, 2)                                          # (fine, fine, h, w)
     first = torch.fft.ifft2((torch.fft.fft2(share)[:, :, None] * torch.fft.fft2(shapes(spec, fine))).sum((0, 1))).real
-    return train_tiny.roll(first[:, None].expand(-1, frames, -1, -1), back(spec, frames, 1).expand(3, -1, -1))
+    return train_tiny.roll(first[:, None].expand(-1, frames, -1, -1), moved(spec, frames))
 
 
 def best(noisy, t, specs, together=True, fine=FINE):
@@ -113,17 +112,7 @@ def draw(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", default=str(ROOT / "assets" / "tiny.pt"), help="default: the shipped one")
-    parser.add_argument("--captions", type=int, default=128, help="clips to average over (default 128)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default=str(common.RESULTS / "bayes.csv"), help="the table")
-    parser.add_argument("--plot", default=str(common.ASSETS / "bayes.png"))
-    args = parser.parse_args()
-    if not 1 <= args.captions <= 1000:
-        parser.error(f"--captions {args.captions}: choose 1 to 1000")
-    pictures.check_out(parser, args.plot, "--plot")
-    model, _ = sample.load_model(args.checkpoint)
+    _, args, model = common.of_checkpoint(__doc__, "bayes", 128, "the picture: the error over the time")
     table = common.Table(args.out)
     for objects in (1, 2):
         for row in measure(model, objects, args.captions, args.seed):

@@ -116,6 +116,21 @@ def arguments(parser, child):
     return args
 
 
+def of_checkpoint(doc, name, captions, picture):
+    """(parser, arguments, model) of a script that measures a checkpoint, on so many captions if not told, and writes NAME.csv and NAME.png."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", default=str(ASSETS / "tiny.pt"), help="default: the shipped one")
+    parser.add_argument("--captions", type=int, default=captions, help=f"clips to average over (default {captions})")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default=str(RESULTS / f"{name}.csv"), help="the table")
+    parser.add_argument("--plot", default=str(ASSETS / f"{name}.png"), help=picture)
+    args = parser.parse_args()
+    if not 1 <= args.captions <= 1000:
+        parser.error(f"--captions {args.captions}: choose 1 to 1000")
+    pictures.check_out(parser, args.plot, "--plot")
+    return parser, args, sample.load_model(args.checkpoint)[0]
+
+
 def in_fresh_process(script, threads=None, keep=False, **request):
     """What `script --child REQUEST` prints as its last line, JSON: only in a process of its own is a peak its own.
 

@@ -10,7 +10,6 @@ shape falls on these three; by chance, 1.2 %. The clips stand at the time when p
 A head that looks along the motion keeps the moments of a clip together: without one, shapes jump where two tokens meet in time.
 Where TESA's positions drift as the caption says (`LinGen.drift`), a second table holds each head's drift against the truth.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -87,17 +86,7 @@ def draw(clip, seen, asking, patch, scale=4):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", default=str(ROOT / "assets" / "tiny.pt"), help="default: the shipped one")
-    parser.add_argument("--captions", type=int, default=64, help="clips to average over (default 64)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default=str(common.RESULTS / "following.csv"), help="the table")
-    parser.add_argument("--plot", default=str(common.ASSETS / "following.png"), help="the picture: where the head that looks along most looks")
-    args = parser.parse_args()
-    if not 1 <= args.captions <= 1000:
-        parser.error(f"--captions {args.captions}: choose 1 to 1000")
-    pictures.check_out(parser, args.plot, "--plot")
-    model, _ = sample.load_model(args.checkpoint)
+    parser, args, model = common.of_checkpoint(__doc__, "following", 64, "the picture: where the head that looks along most looks")
     if model.config.mixer != "mate" or not model.config.tesa:
         parser.error(f"{args.checkpoint} is a model without TESA")
     clips, shares, maps, holds = measure(model, args.captions, args.seed)

@@ -262,7 +262,6 @@ def test_bayes_measures_the_model_against_it(monkeypatch):
                 if (clip - 0.999 * rolled).abs().amax() < 0.01:
                     return rolled
     for forward, times in ((black, (0.05, 0.3)), (knows, (0.999,))):
-        shown.clear()
         monkeypatch.setattr(model, "forward", forward)
         for objects in (1, 2):
             shown.clear()
