@@ -607,7 +607,7 @@ def lines():
     yield "lingen.py", ["--size", "3", "32", "32"], "multiple"
     yield "tesa.py", ["--window", "4", "4", "4", "--shift", "4", "4", "4"], "shift"
     for script in sorted((ROOT / "benchmarks").glob("*.py")):
-        if "ArgumentParser" in script.read_text(encoding="utf-8"):
+        if "__main__" in script.read_text(encoding="utf-8"):
             yield f"benchmarks/{script.name}", ["--nonsense"], "error"
     yield from (("benchmarks/speed.py", ["nonsense"], "there is no table"), ("benchmarks/progress.py", ["none.pt"], "none.pt"), ("benchmarks/length.py", ["--seconds", "0"], "seconds"),
                 ("benchmarks/length.py", ["--pixels", "15"], "pixels"), ("benchmarks/length.py", ["--preset", "huge"], "invalid choice"), ("benchmarks/parts.py", ["--rounds", "0"], "rounds"),
