@@ -95,17 +95,18 @@ def objects(caption: str) -> list[str]:
 
 
 def complete(caption: str, choices: list[list[str]], seed: int = 0) -> str:
-    """The caption, with one of `choices` drawn by the seed for every object that names none. One object alone is left as it is.
+    """The caption, with one of `choices` drawn by the seed for every object that names none.
 
     choices: what a checkpoint's sampling defaults say, words of one meaning in each list, as [["slowly", "slow"], ["quickly", "fast"]]. The
     first of the list that is drawn is put behind the object: "... and a blue square moving up" -> "... and a blue square moving up slowly".
 
     The clips of a caption that leaves something open are a mixture, and to draw from a mixture one may first draw the part. Left to
-    the flow, that choice falls among the first, half-blind steps, at once with the places of both objects, which depend on it.
+    the flow, that choice falls among the first, half-blind steps, at once with all that depends on it: the places of two objects, and in a
+    long clip each window makes it for itself, so that an object is slow in one second and quick in another.
     Raises ValueError as `words` does.
     """
     things = objects(caption)
-    if len(things) == 1 or not choices:
+    if not choices:
         return caption
     draw, said = random.Random(seed), {word for same in choices for word in same}
     # of `random` only random() is promised to be the same in every version of Python
@@ -214,7 +215,8 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     If that torus is `period` pixels wide, a world of whole-pixel steps is back where it was after `period` frames: time is a ring
     as well. Clips of a period or more are then made in whole periods, rolled along time, too, before each question, and cut
     to length in the end. Otherwise the borders between tokens, which hold several frames, would always fall on the same
-    frames, and shapes jumped there.
+    frames, and shapes jumped there. And the model is shown half a period more on either side, or the moments at both ends, which have
+    neighbours on one side only, would be told less than all others, and put the shape elsewhere.
     Raises ValueError for wrong arguments, FloatingPointError if the result holds NaN or infinity.
     """
     import torch
@@ -233,7 +235,7 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     generators = [torch.Generator().manual_seed(seed + i) for i in range(b)]
     (frames, *size), torus = shape, model.config.torus
     ring = whole_periods(model.config, shape, period)
-    rounds = ring or frames
+    rounds, more = (ring, period // 2) if ring else (frames, 0)
 
     def noise():
         return torch.stack([white_noise((model.config.channels, rounds, *size), g, period) for g in generators]).to(device)
@@ -248,7 +250,9 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     def ask(x, t, text, step):
         answers = []
         for place in places[step]:
-            out = model(x.roll(place, (2, 3, 4)), torch.full((len(x),), t, device=device), text)
+            seen = x.roll(place, (2, 3, 4))                                          # (b, c, t, h, w)
+            seen = torch.cat([seen[:, :, rounds - more:], seen, seen[:, :, :more]], 2)    # all of the ring, and some of it twice
+            out = model(seen, torch.full((len(x),), t, device=device), text)[:, :, more:more + rounds]
             answers.append(out.roll([-moved for moved in place], (2, 3, 4)))         # (b, c, t, h, w)
         return sum(answers) / views
 
@@ -283,9 +287,11 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
 
 
 def whole_periods(config, shape, period: int) -> int:
-    """The frames that are made of a clip of shape (frames, height, width) where time is a ring, see `sample`; 0 where it is none."""
+    """The frames that are made of a clip of shape (frames, height, width) where time is a ring, see `sample`; 0 where it is none.
+
+    The model is shown one period more than that: half of one on either side."""
     frames, *size = shape
-    ring = config.torus and frames >= period == math.lcm(*size) and period % config.patch[0] == 0
+    ring = config.torus and frames >= period == math.lcm(*size) and period % (2 * config.patch[0]) == 0
     return -(-frames // period) * period if ring else 0
 
 
@@ -689,7 +695,8 @@ def lacks_memory(config, shape, settings, device, least=False) -> str:
     """
     import torch
     guidance = settings["guidance"]
-    shape = (whole_periods(config, shape, settings["period"]) or shape[0], *shape[1:])      # what is made, before it is cut to length
+    ring = whole_periods(config, shape, settings["period"])
+    shape = (ring + settings["period"] if ring else shape[0], *shape[1:])       # what the model is shown
     need = math.prod(-(-size // p) for size, p in zip(shape, config.patch)) * config.d_model * 4 * (16 if least else 30) * (1 if guidance == 1 else 2)
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     if torch.device(device).type == "cuda":

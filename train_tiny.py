@@ -252,19 +252,19 @@ SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 48, "gu
             "fresh": 1.0, "period": PERIOD, "views": 2, "choices": [list(SYNONYMS[speed]) for speed in SPEEDS]}
 
 
-def stage_at(step, steps):
-    """The stage that a step belongs to; the shares add up to 1."""
-    done = 0.0
-    for stage in STAGES:
-        done += stage.share
+def stage_at(step, steps, shortest=1):
+    """The stage that a step belongs to, of those whose clips have at least `shortest` frames: they divide the steps by their shares."""
+    stages, done = [stage for stage in STAGES if stage.frames >= shortest], 0.0
+    for stage in stages:
+        done += stage.share / sum(stage.share for stage in stages)
         if step < round(done * steps):
             break
     return stage
 
 
-def shown_at(step, steps):
+def shown_at(step, steps, shortest=1):
     """The stage whose clips a step shows: its own, or an earlier one that is mixed in."""
-    stage = stage_at(step, steps)
+    stage = stage_at(step, steps, shortest)
     if stage.frames > 16 and step % LONG_EVERY:
         stage = [shorter for shorter in STAGES if shorter.frames <= 16][-1]
     return STAGES[0] if stage.frames > 1 and step % IMAGES_EVERY == 0 else stage
@@ -289,19 +289,24 @@ def draw_times(n, frames, generator):
     return torch.where(anywhere[0] < ANY_TIME, anywhere[1], t)
 
 
-def training_batch(step, steps, seed, objects=1):
+def training_batch(step, steps, seed, objects=1, shortest=1):
     """Everything random in a step, made from (seed, step) alone: whoever resumes at a step sees the same data.
 
     Returns clips (b, 3, frames, 32, 32), text (b, n), t (b,), noise like clips; and for `rehearse` earlier times (b,), 0
     where there is nothing to rehearse, and the noise of those, like clips.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    stage = shown_at(step, steps)
+    stage = shown_at(step, steps, shortest)
     several = objects if objects == 1 or step % ONE_EVERY else 1
-    clips, captions, _ = make_batch(stage.batch, stage.frames, generator, objects=several, speeds=several > 1)   # as `sample.complete` does
+    clips, captions, _ = make_batch(stage.batch, stage.frames, generator, objects=several, speeds=True)     # as `sample.complete` does
     text = sample.encode(captions, VOCABULARY)                                              # (b, n)
     text[torch.rand(len(text), generator=generator) < DROP] = 0
     t, noise = draw_times(len(clips), stage.frames, generator), sample.white_noise(clips.shape, generator, PERIOD)
+    if stage.frames > PERIOD:
+        # Here only a part of the noise repeats, any part. Where all did, far-off seconds would know nothing that a second does not see
+        # itself, and the model would not learn to heed them; then a trifle is enough for two seconds to settle on different places.
+        single = torch.rand(len(clips), 1, 1, 1, 1, generator=generator)
+        noise = (1 - single).sqrt() * noise + single.sqrt() * sample.white_noise(clips.shape, generator)
     settled = torch.sigmoid(torch.tensor(nearer_to_noise(SETTLED, stage.frames)))
     chance, when = torch.rand(2, len(clips), generator=generator)
     own = (t > settled) & (chance < OWN) & (step >= OWN_FROM * steps)
@@ -408,7 +413,7 @@ class Run:
 
     def __init__(self, config, settings, device):
         torch.manual_seed(settings["seed"])
-        self.settings, self.device, self.step, self.losses = settings, device, 0, []
+        self.settings, self.device, self.step, self.losses = {"shortest": 1, **settings}, device, 0, []
         self.model = lingen.LinGen(config).to(device)
         self.average = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
         self.optimizers = make_optimizers(self.model, settings["rate"])
@@ -422,7 +427,7 @@ class Run:
 
     def restore(self, checkpoint):
         saved = checkpoint.get("training")
-        saved = saved if isinstance(saved, dict) else {}
+        saved = {"shortest": 1, **saved} if isinstance(saved, dict) else {}
         if saved.get("step") == saved.get("steps", 0) < self.settings["steps"]:     # a finished run may be made longer
             saved = {**saved, "steps": self.settings["steps"]}
         differs = [f"{name}: {saved.get(name)!r} there, {value!r} here" for name, value in self.settings.items() if saved.get(name) != value]
@@ -455,7 +460,7 @@ class Run:
     def advance(self, rank=0, world=1):
         """One step: data, loss, gradients, both optimisers, the average. Returns the loss of the whole batch."""
         steps = self.settings["steps"]
-        batch = training_batch(self.step, steps, self.settings["seed"], self.settings["objects"])
+        batch = training_batch(self.step, steps, self.settings["seed"], self.settings["objects"], self.settings["shortest"])
         share = len(batch[0][rank::world]) / len(batch[0])              # of several processes, each takes its rows
         if share:
             loss = share * self.loss(*(part[rank::world].to(self.device) for part in batch))
@@ -572,7 +577,7 @@ def begin(args):
     else:
         device = sample.choose_device(args.device)
     torch.set_float32_matmul_precision("medium")    # products of float32 may round to bfloat16, where the CPU or GPU has it
-    settings = {name: getattr(args, name) for name in ("steps", "seed", "objects", "rate")}
+    settings = {name: getattr(args, name) for name in ("steps", "seed", "objects", "rate", "shortest")}
     run = Run(lingen.preset("tiny", vocab_size=len(VOCABULARY)), settings, device)
     if checkpoint:
         try:
@@ -634,7 +639,7 @@ def train(args, run, out, rank, world):
         raise FloatingPointError(f"{error}, and another --out; " + ("nothing had been saved yet" if kept is None else f"the checkpoint of step {kept} stays as it was")) from None
     except (MemoryError, RuntimeError) as error:
         if sample.out_of_memory(error):
-            stage = shown_at(run.step, args.steps)
+            stage = shown_at(run.step, args.steps, args.shortest)
             smaller = "half of `batch` in STAGES takes half of it, two processes (torchrun) share it" if stage.batch > 1 else "leave out the last of STAGES"
             raise MemoryError(f"out of memory at step {run.step}, on {stage.batch} clip{'s' * (stage.batch > 1)} of {stage.frames} frames{sample.asked(error)}: {smaller}; "
                               f"or close other programs, or try --device cpu; {whole()}") from None
@@ -678,6 +683,8 @@ def main(argv=None):
     add("--steps", type=int, default=2000, help="of all stages together (default 2000: 20 to 40 minutes on one or two CPU cores)")
     add("--seed", type=int, default=0, help="of the weights and the data")
     add("--objects", type=int, choices=(1, 2), default=1, help="2: the second level, clips with two objects among those with one")
+    add("--shortest", type=int, choices=[stage.frames for stage in STAGES], default=1,
+        help="leave out the stages of shorter clips, but for what is mixed in: to go on from --weights that know them (default 1: all stages)")
     add("--rate", type=float, default=2e-3, help="learning rate of both optimisers (default 0.002)")
     add("--device", help="default: cuda, else mps, else cpu")
     add("--save-every", type=float, default=60, metavar="SECONDS", help="time between checkpoints (default 60)")

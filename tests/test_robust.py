@@ -906,7 +906,7 @@ def test_fuzz_complete(text, seed):
     told = fine(S.complete, text, choices, seed)
     if told is not None:
         assert S.complete(told, choices, seed + 1) == told and set(S.words(text)) <= set(S.words(told))
-        assert told == text or "and" in S.words(told) and len(S.words(told)) > len(S.words(text))
+        assert told == text or len(S.words(told)) > len(S.words(text))
 
 
 @fuzz(steps=lambda: st.integers(-2, 1002) | anything(), schedule=lambda: st.sampled_from(S.SCHEDULES) | anything(), shift=lambda: st.floats(0.5, 101) | anything())

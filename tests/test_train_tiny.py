@@ -116,14 +116,16 @@ def test_two_objects_are_half_the_torus_apart_in_the_middle_of_a_clip(frames):
     assert places.min() >= 0 and places.max() < 32 and places[:, 0].std(0).min() > 5
 
 
-def test_training_names_every_speed_of_two_objects_as_the_sampler_does():
-    speeds = {"slowly", "slow", "quickly", "fast"}
-    for objects, whole in ((2, True), (1, False)):
-        captions = toy.make_batch(60, 16, seeded(), objects=objects, speeds=objects > 1)[1]
-        assert all(speeds & set(thing.split()) for text in captions for thing in text.split(" and a ")) is whole
-    text = toy.training_batch(1201, 2000, 0, objects=2)[1]                     # 16 frames, two objects
-    named = [sum(toy.VOCABULARY[i - 1] in speeds for i in row if i > 0) for row in text.tolist()]
-    assert named.count(2) > 8 and set(named) <= {0, 2}                         # 0: the captions that are taken away
+def test_training_names_every_speed_as_the_sampler_does():
+    words = {"slowly", "slow", "quickly", "fast"}
+    for speeds in (True, False):
+        captions = toy.make_batch(60, 16, seeded(), objects=2, speeds=speeds)[1]
+        assert all(words & set(thing.split()) for text in captions for thing in text.split(" and a ")) is speeds
+    for objects in (1, 2):
+        text = toy.training_batch(1201, 2000, 0, objects)[1]                   # 16 frames
+        named = [sum(toy.VOCABULARY[i - 1] in words for i in row if i > 0) for row in text.tolist()]
+        assert named.count(objects) > 8 and set(named) <= {0, objects}         # 0: the captions that are taken away
+    assert not any(words & set(text.split()) for text in toy.make_batch(60, 1, seeded(), speeds=True)[1])      # a picture moves at none
 
 
 @pytest.mark.parametrize("objects", [1, 2])
@@ -265,8 +267,10 @@ def test_an_evaluation_tells_the_model_every_speed_of_two_objects_and_judges_it(
     records, result = ruler.score(model, 40, 16, {}, objects=2)
     both_slow = sum(all(thing["speed"] == "slowly" for thing in ruler.parse(words)) for words in heard)
     assert result["joint"] == both_slow / 40 < 0.5          # what was added is held against the clip, too
-    heard = []
-    assert ruler.score(model, 40, 16, {}, objects=1)[1]["joint"] > 0.5 and any(not ruler.parse(words)[0]["speed"] for words in heard)
+    for frames, named in ((16, True), (1, False)):          # a picture moves at no speed
+        heard = []
+        ruler.score(model, 40, frames, {}, objects=1)
+        assert all(bool(ruler.parse(words)[0]["speed"]) is named for words in heard)
 
 
 # ---- the judge refuses ---------------------------------------------------------------------------
@@ -469,6 +473,9 @@ def test_stages_follow_their_shares_and_pictures_are_mixed_in(small):
     assert [toy.stage_at(step, 10).frames for step in range(10)] == [1, 1, 4, 4, 4, 8, 8, 8, 8, 8]
     frames = [toy.training_batch(step, 40, seed=0)[0].shape[2] for step in range(40)]
     assert frames[:8] == [1] * 8 and all((f == 1) == (step < 8 or step % toy.IMAGES_EVERY == 0) for step, f in enumerate(frames))
+    assert [toy.stage_at(step, 16, shortest=4).frames for step in range(16)] == [4] * 6 + [8] * 10
+    frames = [toy.training_batch(step, 32, 0, shortest=4)[0].shape[2] for step in range(32)]
+    assert frames == [1 if step % toy.IMAGES_EVERY == 0 else 4 if step < 12 else 8 for step in range(32)]      # no stage of pictures, but pictures
 
 
 def test_every_second_step_of_a_long_stage_goes_back_to_sixteen_frames(monkeypatch):
@@ -522,10 +529,20 @@ def test_the_noise_of_long_clips_repeats_when_the_world_does(monkeypatch):
         monkeypatch.setattr(toy, "STAGES", (toy.Stage(frames, 2, 1.0),))
         monkeypatch.setattr(toy, "LONG_EVERY", 1)
         clips, text, t, noise, earlier, before = toy.training_batch(9, 10, seed=0)
-        for of in (clips, noise, before):       # the clips do so of themselves, and that is why
+        for of in (clips, before):              # the clips do so of themselves, and that is why
             assert of.shape[2] == frames and torch.equal(of[:, :, 32:], of[:, :, : frames - 32])
             assert not torch.equal(of[:, :, 1], of[:, :, 0])
         assert not torch.equal(noise, before)
+    alike = []                                  # of the step's own noise a part does, any part
+    monkeypatch.setattr(toy, "STAGES", (toy.Stage(64, 8, 1.0),))
+    for step in range(1, 8):
+        for noise in toy.training_batch(step, 10, seed=0)[3]:
+            assert noise.std().item() == pytest.approx(1, abs=0.01)
+            alike.append(torch.corrcoef(torch.stack([noise[:, :32].flatten(), noise[:, 32:].flatten()]))[0, 1].item())
+    assert min(alike) < 0.1 and max(alike) > 0.9 and sum(alike) / len(alike) == pytest.approx(0.5, abs=0.1)
+    monkeypatch.setattr(toy, "STAGES", (toy.Stage(32, 2, 1.0),))                # to the end of the period every frame has its own
+    noise = toy.training_batch(9, 10, seed=0)[3]
+    assert not torch.equal(noise[:, :, 16:], noise[:, :, :16])
     assert toy.SAMPLING["period"] == 32
 
 
@@ -660,7 +677,7 @@ def test_a_run_can_begin_with_the_weights_of_another(small, tmp_path, capsys):
     assert toy.main(["--steps", "2", "--out", str(first)]) == 0
     toy.publish(first, second)
     published = torch.load(second, weights_only=True)["weights"]
-    args = dict(resume=False, device="cpu", steps=2, seed=1, objects=1, rate=2e-3, out=str(tmp_path / "run.pt"), weights=str(second))
+    args = dict(resume=False, device="cpu", steps=2, seed=1, objects=1, rate=2e-3, shortest=1, out=str(tmp_path / "run.pt"), weights=str(second))
     run, *_ = toy.begin(argparse.Namespace(**args))
     for name, p in run.model.state_dict().items():
         assert torch.equal(p, published[name].float()) and torch.equal(run.average[name], p)
