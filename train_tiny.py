@@ -520,13 +520,21 @@ def save(path, state):
     sample.replace_file(path, buffer.getvalue())
 
 
-def publish(source, target):
-    """Cut a training checkpoint down to what sampling needs, weights in float16, with today's SAMPLING: a few MB that one can ship."""
-    checkpoint = sample.load_checkpoint(source)
+def publish(*paths):
+    """Cut training checkpoints, all paths but the last, down to what sampling needs, weights in float16, with today's SAMPLING: a few MB that one can ship.
+
+    Of several, the mean of the weights: a run that goes on from another's, to learn something else, forgets a part; halfway between both
+    lies what can nearly as much of either as each alone (Wortsman et al. 2022, model soups, arXiv 2203.05482).
+    """
+    *sources, target = paths
+    *others, checkpoint = [sample.load_checkpoint(source) for source in sources]
+    for source, other in zip(sources, others):
+        if any(other[key] != checkpoint[key] for key in ("config", "vocabulary")):
+            raise ValueError(f"{sample.show(source)} is of another model or vocabulary than {sample.show(sources[-1])}: there is no mean of both")
     if os.path.isfile(target) and "optimizers" in sample.load_checkpoint(target).get("training", {}):
         raise FileExistsError(f"{sample.show(target)} is a run that can be resumed, and would be lost; name another file")
     training = {name: value for name, value in checkpoint.get("training", {}).items() if name not in ("model", "optimizers", "losses")}
-    weights = {name: p.half() for name, p in checkpoint["weights"].items()}
+    weights = {name: sum((other["weights"][name].float() for other in others), p.float()).div(len(sources)).half() for name, p in checkpoint["weights"].items()}
     save(target, {**{key: checkpoint[key] for key in ("format", "config", "vocabulary")}, "sampling": SAMPLING, "weights": weights, "training": training})
 
 
@@ -694,7 +702,7 @@ def main(argv=None):
     add("--frames", type=int, default=16, help="per clip, with --evaluate (default 16)")
     add("--guidance", type=float, help="of the sampler, with --evaluate (default: the checkpoint's; other than 1 takes twice the time)")
     add("--views", type=int, help="of the sampler, with --evaluate: places from which each step asks (default: the checkpoint's, 2)")
-    instead("--publish", nargs=2, metavar=("FROM", "TO"), help="do not train: cut a checkpoint down to what sampling needs")
+    instead("--publish", nargs="+", metavar="FILE", help="do not train: FROM TO cuts a checkpoint down to what sampling needs, FROM FROM TO makes one of the mean of their weights")
     instead("--examples", metavar="FILE.png", help="do not train: draw examples of the data with their captions")
     wrong = 2
     try:
@@ -712,9 +720,11 @@ def main(argv=None):
             wrong = 1
             evaluate(model, checkpoint, args.captions, args.frames, args.objects, args.seed)
         elif args.publish:
-            sample.try_place(args.publish[1])
+            if len(args.publish) < 2:
+                raise ValueError("--publish expects 2 arguments, FROM and TO, or more: FROM FROM TO")
+            sample.try_place(args.publish[-1])
             publish(*args.publish)
-            print(f"wrote {args.publish[1]}, {os.path.getsize(args.publish[1]) / 1e6:.1f} MB")
+            print(f"wrote {args.publish[-1]}, {os.path.getsize(args.publish[-1]) / 1e6:.1f} MB")
         elif args.examples:
             if not args.examples.lower().endswith(".png"):
                 raise ValueError(f"--examples writes .png, not {sample.show(args.examples)}")

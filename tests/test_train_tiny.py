@@ -702,6 +702,26 @@ def test_published_checkpoint_is_small_and_samples(small, tmp_path):
     assert toy.main(["--steps", "2", "--out", str(small_file), "--resume"]) == 2        # it lacks what training needs
 
 
+def test_of_several_checkpoints_the_mean_is_published(small, tmp_path, capsys):
+    paths = [tmp_path / name for name in ("one.pt", "two.pt", "mean.pt", "three.pt", "other.pt")]
+    one, two, mean, three, other = map(str, paths)
+    for seed, path in ((1, one), (2, two)):
+        assert toy.main(["--steps", "1", "--seed", str(seed), "--out", path]) == 0
+    assert toy.main(["--publish", one, two, mean]) == 0 == toy.main(["--publish", one, mean, two, three])
+    weights = [sample.load_checkpoint(path)["weights"] for path in paths[:4]]
+    for name, p in weights[2].items():
+        assert p.dtype == torch.float16
+        torch.testing.assert_close(p.float(), (weights[0][name] + weights[1][name]) / 2, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(weights[3][name].float(), (weights[0][name] + weights[1][name]) / 2, atol=2e-3, rtol=2e-3)
+    assert sample.load_checkpoint(mean)["training"]["seed"] == 2
+    strange = toy.Run(lingen.preset("tiny", vocab_size=len(toy.VOCABULARY), depth=1), dict(steps=2, seed=0, objects=1, rate=2e-3), torch.device("cpu"))
+    toy.save(other, strange.state())
+    capsys.readouterr()
+    for sources, says in (([other, two], "other.pt is of another model"), ([two, other], "two.pt is of another model"), ([two, "missing.pt"], "missing.pt")):
+        assert toy.main(["--publish", *sources, str(tmp_path / "new.pt")]) == 2
+        assert says in capsys.readouterr().err.replace("'", "") and not (tmp_path / "new.pt").exists()
+
+
 def test_evaluation_prints_its_table(small, tmp_path, capsys):
     out = tmp_path / "run.pt"
     assert toy.main(["--steps", "1", "--out", str(out)]) == 0
