@@ -47,7 +47,7 @@ def begin(variant, steps, seed):
 def validation_loss(model, frames, tokens=2**14):
     """The training loss on clips that no training has seen: the same clips, times and noise for every model."""
     make = torch.Generator().manual_seed(20_000_003 + frames)
-    clips, captions, _ = train_tiny.make_batch(max(4, tokens // (16 * frames)), frames, make, held_out_only=True)
+    clips, captions, _ = train_tiny.make_batch(max(4, tokens // (16 * frames)), frames, make, held_out_only=True, speeds=True)
     t, noise = train_tiny.draw_times(len(clips), frames, make), torch.randn(clips.shape, generator=make)
     with torch.no_grad():
         return train_tiny.flow_matching_loss(model, clips, sample.encode(captions, train_tiny.VOCABULARY), t, noise).item()
@@ -61,7 +61,7 @@ def child(variant, seed, steps, captions):
         run.advance()
     trained = time.process_time() - began
     model = run.averaged()
-    model.vocabulary, model.choices = train_tiny.VOCABULARY, []
+    model.vocabulary, model.choices = train_tiny.VOCABULARY, train_tiny.SAMPLING["choices"]
     row = {f"loss_{frames}": round(validation_loss(model, frames), 5) for frames in LENGTHS}
     _, result = judge.score(model, captions, 16, sample.steps_for(train_tiny.SAMPLING) | {"views": 1})
     row |= {name.removesuffix("_ok"): round(result[name], 3) for name in JUDGED}

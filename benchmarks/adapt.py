@@ -32,7 +32,7 @@ MODELS = {"LinGen": {}, "without drift": dict(travel=False), "DiT": dict(mixer="
 
 def moves_as_told(model, captions, frames, seed):
     """Sampled clips of held-out combinations, judged second by second: the share that moves as its caption says."""
-    _, texts, _ = train_tiny.make_batch(captions, 2, torch.Generator().manual_seed(30_000_001 + seed), held_out_only=True)
+    _, texts, _ = train_tiny.make_batch(captions, 2, torch.Generator().manual_seed(30_000_001 + seed), held_out_only=True, speeds=True)
     right = []
     for clips, said in judge.clips_for(model, texts, frames, sample.steps_for(train_tiny.SAMPLING) | {"period": 0, "views": 1}, seed):
         seconds = clips.unflatten(2, (-1, 16)).transpose(1, 2).flatten(0, 1)               # (n frames / 16, 3, 16, h, w)

@@ -57,7 +57,7 @@ def on_the_way(steps, grid):
 def measure(model, n, seed):
     """n clips; how much of the attention follows them, per cent (depth, heads); where layers look, as `look` says; which tokens hold a shape (n, 256)."""
     generator, patch = torch.Generator().manual_seed(seed), model.config.patch
-    clips, captions, specs = train_tiny.make_batch(n, 16, generator)
+    clips, captions, specs = train_tiny.make_batch(n, 16, generator, speeds=True)
     noise, t = torch.randn(clips.shape, generator=generator), torch.sigmoid(torch.tensor(train_tiny.SETTLED)).item()
     maps = look(model, (1 - t) * noise + t * clips, sample.encode(captions, model.vocabulary), t)
     holds = F.max_pool3d(clips.amax(1, keepdim=True), patch, patch)[:, 0] > 0                     # (n, t, h, w)
