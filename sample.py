@@ -212,11 +212,11 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
     is rolled around is as good a clip, and the best answer rolls with it; but the borders of patches and of the scan, where mistakes are
     made, fall elsewhere. So mistakes do not add up over the steps, and the mean of several answers misses by less than one: of what
     depends on the place, all but its mean is gone. Each view takes the time of a step.
-    If that torus is `period` pixels wide, a world of whole-pixel steps is back where it was after `period` frames: time is a ring
+    If that torus is `period` pixels wide, and half a period is in whole patches, a world of whole-pixel steps is back where it was after `period` frames: time is a ring
     as well. Clips of a period or more are then made in whole periods, rolled along time, too, before each question, and cut
     to length in the end. Otherwise the borders between tokens, which hold several frames, would always fall on the same
     frames, and shapes jumped there. And the model is shown half a period more on either side, or the moments at both ends, which have
-    neighbours on one side only, would be told less than all others, and put the shape elsewhere.
+    neighbours on one side only, would be told less than all others, and put the shape elsewhere. Each step takes the time of one period more.
     Raises ValueError for wrong arguments, FloatingPointError if the result holds NaN or infinity.
     """
     import torch
@@ -251,7 +251,8 @@ def sample(model, text, shape, *, steps=50, guidance=1.0, schedule="uniform", sh
         answers = []
         for place in places[step]:
             seen = x.roll(place, (2, 3, 4))                                          # (b, c, t, h, w)
-            seen = torch.cat([seen[:, :, rounds - more:], seen, seen[:, :, :more]], 2)    # all of the ring, and some of it twice
+            if ring:                                                                 # all of it, and some of it twice
+                seen = torch.cat([seen[:, :, -more:], seen, seen[:, :, :more]], 2)
             out = model(seen, torch.full((len(x),), t, device=device), text)[:, :, more:more + rounds]
             answers.append(out.roll([-moved for moved in place], (2, 3, 4)))         # (b, c, t, h, w)
         return sum(answers) / views

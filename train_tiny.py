@@ -245,7 +245,7 @@ OWN = 0.75              # share of the clips at those times that are rehearsed
 DROP = 0.05             # share of captions taken away, for guidance needs a model without caption
 
 PERIOD = 32             # frames after which this world, whole-pixel steps on a torus of 32 pixels, is what it was; and the noise of
-                        # long clips with it, see `sample.white_noise`: or far-off seconds would each choose a place of their own
+                        # long clips (in training a part of it) with it, see `sample.white_noise`: or far-off seconds would each choose a place of their own
 
 # What a checkpoint asks of sample.py: these are the defaults that `python sample.py` falls back to.
 SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 48, "guidance": 1.0, "schedule": "shifted", "shift": 8.0,
@@ -255,8 +255,11 @@ SAMPLING = {"frames": 16, "height": 32, "width": 32, "fps": 16, "steps": 48, "gu
 def stage_at(step, steps, shortest=1):
     """The stage that a step belongs to, of those whose clips have at least `shortest` frames: they divide the steps by their shares."""
     stages, done = [stage for stage in STAGES if stage.frames >= shortest], 0.0
+    if not stages:
+        raise ValueError(f"no stage has clips of {shortest} frames or more; the longest has {max(stage.frames for stage in STAGES)}")
+    whole = sum(stage.share for stage in stages)
     for stage in stages:
-        done += stage.share / sum(stage.share for stage in stages)
+        done += stage.share / whole
         if step < round(done * steps):
             break
     return stage
@@ -281,7 +284,7 @@ def draw_times(n, frames, generator):
     Flat shapes in big patches stay readable through a lot of noise: one sees *where* a shape is as soon as the
     noise, averaged over all its pixels in all frames, falls below it. All that is hard to learn lies before that
     moment, and four times the frames halve the noise of the average: the mean of logit t moves by -ln(2) for them, up
-    to PERIOD frames, after which the noise repeats and there is no more to average.
+    to PERIOD frames, after which the sampler's noise repeats and there is no more to average.
     But a quarter of the times are drawn evenly, or the last steps of the sampler, which draw the edges, are never practised.
     """
     t = torch.sigmoid(nearer_to_noise(-2.0, frames) + 1.2 * torch.randn(n, generator=generator))
@@ -302,7 +305,7 @@ def training_batch(step, steps, seed, objects=1, shortest=1):
     text = sample.encode(captions, VOCABULARY)                                              # (b, n)
     text[torch.rand(len(text), generator=generator) < DROP] = 0
     t, noise = draw_times(len(clips), stage.frames, generator), sample.white_noise(clips.shape, generator, PERIOD)
-    if stage.frames > PERIOD:
+    if 0 < PERIOD < stage.frames:
         # Here only a part of the noise repeats, any part. Where all did, far-off seconds would know nothing that a second does not see
         # itself, and the model would not learn to heed them; then a trifle is enough for two seconds to settle on different places.
         single = torch.rand(len(clips), 1, 1, 1, 1, generator=generator)
@@ -527,13 +530,17 @@ def publish(*paths):
     lies what can nearly as much of either as each alone (Wortsman et al. 2022, model soups, arXiv 2203.05482).
     """
     *sources, target = paths
+    if len(sources) > 1 and Path(target).resolve() in [Path(source).resolve() for source in sources]:
+        raise ValueError(f"{sample.show(target)} would be made of itself, and lost; name another file for the mean")
     *others, checkpoint = [sample.load_checkpoint(source) for source in sources]
     for source, other in zip(sources, others):
-        if any(other[key] != checkpoint[key] for key in ("config", "vocabulary")):
+        if any(other[key] != checkpoint[key] for key in ("config", "vocabulary")) or other["weights"].keys() != checkpoint["weights"].keys():
             raise ValueError(f"{sample.show(source)} is of another model or vocabulary than {sample.show(sources[-1])}: there is no mean of both")
     if os.path.isfile(target) and "optimizers" in sample.load_checkpoint(target).get("training", {}):
         raise FileExistsError(f"{sample.show(target)} is a run that can be resumed, and would be lost; name another file")
     training = {name: value for name, value in checkpoint.get("training", {}).items() if name not in ("model", "optimizers", "losses")}
+    if others:
+        training["mean_of"] = [each["sha256"] for each in (*others, checkpoint)]
     weights = {name: sum((other["weights"][name].float() for other in others), p.float()).div(len(sources)).half() for name, p in checkpoint["weights"].items()}
     save(target, {**{key: checkpoint[key] for key in ("format", "config", "vocabulary")}, "sampling": SAMPLING, "weights": weights, "training": training})
 
@@ -682,7 +689,7 @@ def preview(run, path):
 
 def main(argv=None):
     parser = sample.Parser(prog="train_tiny.py", description="Train the tiny LinGen on moving shapes, from nothing, on whatever this machine has.",
-                           epilog="A stopped run goes on with --resume, bit for bit as if it had never stopped (on the same machine, with as many threads and processes). Several processes: torchrun "
+                           epilog="A stopped run goes on with --resume, bit for bit as if it had never stopped (on the same machine, with the same version of the code, as many threads and processes). Several processes: torchrun "
                                   "--nproc_per_node=2 train_tiny.py ...")
     add = parser.add_argument
     add("--out", default="runs/tiny.pt", help="the checkpoint (default runs/tiny.pt); a preview is written beside it")
@@ -691,8 +698,8 @@ def main(argv=None):
     add("--steps", type=int, default=2000, help="of all stages together (default 2000: 20 to 40 minutes on one or two CPU cores)")
     add("--seed", type=int, default=0, help="of the weights and the data")
     add("--objects", type=int, choices=(1, 2), default=1, help="2: the second level, clips with two objects among those with one")
-    add("--shortest", type=int, choices=[stage.frames for stage in STAGES], default=1,
-        help="leave out the stages of shorter clips, but for what is mixed in: to go on from --weights that know them (default 1: all stages)")
+    add("--shortest", type=int, choices=sorted({stage.frames for stage in STAGES}), default=1,
+        help="leave out the stages of clips with fewer frames, to go on from --weights that know them; 64 still mixes in pictures and clips of 16 frames (default 1: all stages)")
     add("--rate", type=float, default=2e-3, help="learning rate of both optimisers (default 0.002)")
     add("--device", help="default: cuda, else mps, else cpu")
     add("--save-every", type=float, default=60, metavar="SECONDS", help="time between checkpoints (default 60)")

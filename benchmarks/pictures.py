@@ -311,7 +311,7 @@ def examples():
     """The data of the toy: for each of eight clips six of its frames, and its caption."""
     from sample import to_frames
     from train_tiny import make_batch
-    clips, captions, _ = make_batch(5, 16, torch.Generator().manual_seed(3))
+    clips, captions, _ = make_batch(5, 16, torch.Generator().manual_seed(3), speeds=True)
     pairs, pair_captions, _ = make_batch(3, 16, torch.Generator().manual_seed(5), objects=2, speeds=True)
     page = Page(1060, 8 * 76 + 14)
     for row, (clip, words) in enumerate(zip([*clips, *pairs], captions + pair_captions)):

@@ -414,6 +414,15 @@ def test_in_a_world_that_comes_back_each_step_asks_from_another_frame(frames):
         assert out.shape[2] == length and all(asked.shape[2] == length for asked in seen)
 
 
+def test_a_ring_is_made_of_whole_periods_half_of_which_are_whole_patches():
+    rings = lambda frames, period, torus=True, patch=(4, 4, 4): S.whole_periods(SimpleNamespace(torus=torus, patch=patch), (frames, 32, 32), period)
+    assert [rings(frames, 32) for frames in (16, 31, 32, 33, 64, 1088)] == [0, 0, 32, 64, 64, 1088]
+    assert rings(64, 32, torus=False) == rings(64, 0) == rings(64, 16) == rings(64, 32, patch=(32, 4, 4)) == 0 and rings(64, 32, patch=(16, 4, 4)) == 64
+    config = lingen.preset("tiny", vocab_size=5)
+    needs = lambda frames, period: S.lacks_memory(config, (frames, 32, 32), {"guidance": 1, "period": period}, "cpu").split(" needs about ")[1].split(" MiB")[0]
+    assert needs(64, 32) == needs(96, 0) != needs(64, 0)        # what is shown, not what is kept
+
+
 # ---- checkpoints ------------------------------------------------------------------------------------------
 
 def test_load(checkpoint):

@@ -251,7 +251,7 @@ def test_a_minute_is_judged_second_by_second():
     assert not record["ok"] and not seconds[500 // 16] and seconds.sum() == 67
 
 
-def test_an_evaluation_tells_the_model_every_speed_of_two_objects_and_judges_it(monkeypatch):
+def test_an_evaluation_tells_the_model_every_speed_and_judges_it(monkeypatch):
     def draw(model, text, shape, *, seed, **options):       # a sampler that has learnt all, but moves slowly unless told otherwise
         told = [" ".join(toy.VOCABULARY[i - 1] for i in row if i) for row in text.tolist()]
         heard.extend(told)
@@ -269,7 +269,7 @@ def test_an_evaluation_tells_the_model_every_speed_of_two_objects_and_judges_it(
     assert result["joint"] == both_slow / 40 < 0.5          # what was added is held against the clip, too
     for frames, named in ((16, True), (1, False)):          # a picture moves at no speed
         heard = []
-        ruler.score(model, 40, frames, {}, objects=1)
+        assert ruler.score(model, 40, frames, {}, objects=1)[1]["joint"] == (1 if frames == 1 else sum(ruler.parse(words)[0]["speed"] == "slowly" for words in heard) / 40)
         assert all(bool(ruler.parse(words)[0]["speed"]) is named for words in heard)
 
 
@@ -540,9 +540,15 @@ def test_the_noise_of_long_clips_repeats_when_the_world_does(monkeypatch):
             assert noise.std().item() == pytest.approx(1, abs=0.01)
             alike.append(torch.corrcoef(torch.stack([noise[:, :32].flatten(), noise[:, 32:].flatten()]))[0, 1].item())
     assert min(alike) < 0.1 and max(alike) > 0.9 and sum(alike) / len(alike) == pytest.approx(0.5, abs=0.1)
-    monkeypatch.setattr(toy, "STAGES", (toy.Stage(32, 2, 1.0),))                # to the end of the period every frame has its own
-    noise = toy.training_batch(9, 10, seed=0)[3]
-    assert not torch.equal(noise[:, :, 16:], noise[:, :, :16])
+    for frames, period in ((32, 32), (64, 0)):  # nothing to repeat: noise drawn once, and the rest of the step as ever
+        monkeypatch.setattr(toy, "STAGES", (toy.Stage(frames, 2, 1.0),))
+        monkeypatch.setattr(toy, "PERIOD", period)
+        noise, before = (toy.training_batch(9, 10, seed=0)[i] for i in (3, 5))
+        drawn, white = [], sample.white_noise
+        monkeypatch.setattr(sample, "white_noise", lambda *args: drawn.append(white(*args)) or drawn[-1])
+        toy.training_batch(9, 10, seed=0)
+        monkeypatch.setattr(sample, "white_noise", white)
+        assert len(drawn) == 2 and torch.equal(noise, drawn[0]) and torch.equal(before, drawn[1])
     assert toy.SAMPLING["period"] == 32
 
 
@@ -672,6 +678,21 @@ def test_a_run_is_not_overwritten_nor_mixed_with_another(small, tmp_path, capsys
     assert torch.load(out, weights_only=True)["training"]["step"] == 3
 
 
+def test_a_run_may_leave_out_the_stages_of_short_clips(small, tmp_path, capsys):
+    out = tmp_path / "run.pt"
+    assert toy.main(["--steps", "8", "--shortest", "4", "--out", str(out)]) == 0
+    saved = torch.load(out, weights_only=True)
+    assert [frames for frames, _ in saved["training"]["losses"]] == [1, 4, 4, 8, 8, 8, 8, 8] and saved["training"]["shortest"] == 4     # steps 0 and 8 are on pictures
+    assert toy.main(["--steps", "10", "--resume", "--out", str(out)]) == 2 and "shortest: 4 there, 1 here" in capsys.readouterr().err
+    assert toy.main(["--steps", "10", "--resume", "--shortest", "4", "--out", str(out)]) == 0
+    assert [frames for frames, _ in torch.load(out, weights_only=True)["training"]["losses"]] == [1, 4, 4, 8, 8, 8, 8, 8, 1, 8]
+    del saved["training"]["shortest"]                           # of a time that had all stages only
+    torch.save(saved, out)
+    assert toy.main(["--steps", "9", "--resume", "--out", str(out)]) == 0
+    with pytest.raises(ValueError, match="no stage has clips of 9 frames or more; the longest has 8"):
+        toy.stage_at(0, 10, shortest=9)
+
+
 def test_a_run_can_begin_with_the_weights_of_another(small, tmp_path, capsys):
     first, second, other = (tmp_path / name for name in ("first.pt", "second.pt", "other.pt"))
     assert toy.main(["--steps", "2", "--out", str(first)]) == 0
@@ -713,7 +734,9 @@ def test_of_several_checkpoints_the_mean_is_published(small, tmp_path, capsys):
         assert p.dtype == torch.float16
         torch.testing.assert_close(p.float(), (weights[0][name] + weights[1][name]) / 2, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(weights[3][name].float(), (weights[0][name] + weights[1][name]) / 2, atol=2e-3, rtol=2e-3)
-    assert sample.load_checkpoint(mean)["training"]["seed"] == 2
+    found = sample.load_checkpoint(mean)
+    assert found["training"]["seed"] == 2 and found["training"]["mean_of"] == [sample.load_checkpoint(path)["sha256"] for path in (one, two)]
+    assert toy.main(["--publish", one, mean, mean]) == 2 and "made of itself" in capsys.readouterr().err and sample.load_checkpoint(mean)["sha256"] == found["sha256"]
     strange = toy.Run(lingen.preset("tiny", vocab_size=len(toy.VOCABULARY), depth=1), dict(steps=2, seed=0, objects=1, rate=2e-3), torch.device("cpu"))
     toy.save(other, strange.state())
     capsys.readouterr()
@@ -739,7 +762,7 @@ def test_examples_are_drawn(tmp_path):
     (["--steps", "0"], 2, "--steps"), (["--steps", "many"], 2, "steps"), (["--rate", "nan"], 2, "--rate"), (["--objects", "3"], 2, "objects"),
     (["--seed", "-1"], 2, "--seed"), (["--evaluate", str(ROOT / "assets" / "tiny.pt"), "--guidance", "nan"], 2, "guidance is nan"),
     (["--evaluate", str(ROOT / "assets" / "tiny.pt"), "--views", "0"], 2, "views is 0"), (["--nonsense"], 2, "nonsense"), (["--evaluate", "missing.pt"], 2, "missing.pt"),
-    (["--resume", "--out", "missing.pt"], 2, "missing.pt"), (["--device", "tpu"], 2, "device"), (["--publish", "missing.pt", "x.pt"], 2, "missing.pt"),
+    (["--resume", "--out", "missing.pt"], 2, "missing.pt"), (["--publish", "a.pt"], 2, "2 arguments"), (["--shortest", "5"], 2, "choose from 1, 4, 16, 64, 256"), (["--device", "tpu"], 2, "device"), (["--publish", "missing.pt", "x.pt"], 2, "missing.pt"),
     (["--examples", "no/such/folder.png"], 2, "make it first"), (["--save-every", "-5"], 2, "--save-every")])
 def test_wrong_calls_get_one_line(args, code, says, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
