@@ -26,10 +26,10 @@ from benchmarks import common, judge  # noqa: E402
 CAPTION = "a small red circle moving slowly right"
 
 
-def child(checkpoint, frames, period, device):
+def child(checkpoint, frames, period, views, device):
     """One clip by sample.py itself, in this process."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [CAPTION, "--frames", str(frames), "--period", str(period), "--checkpoint", checkpoint, "--device", device, "--out", f"{folder}/clip.gif"]
+        arguments = [CAPTION, "--frames", str(frames), "--period", str(period), "--views", str(views), "--checkpoint", checkpoint, "--device", device, "--out", f"{folder}/clip.gif"]
         codes = []
         with contextlib.redirect_stdout(sys.stderr):
             taken = common.seconds(lambda: codes.append(sample.main(arguments)), device)
@@ -52,6 +52,7 @@ def main():
                         help="lengths, in whole seconds of 16 frames (default 16 64 272 1088)")
     parser.add_argument("--captions", type=int, default=8, help="how many to judge at each length (default 8)")
     parser.add_argument("--period", type=int, help="frames after which the noise repeats, 0: never (default: the checkpoint's)")
+    parser.add_argument("--views", type=int, help="places from which each step asks (default: the checkpoint's)")
     parser.add_argument("--held-out", action="store_true", help="captions whose combination was kept from training")
     parser.add_argument("--seed", type=int, default=0, help="of captions and noise")
     parser.add_argument("--device", help="where clips are made: default cuda, else mps, else cpu")
@@ -61,13 +62,16 @@ def main():
         parser.error("--frames must be multiples of 16 up to 4096, --captions at least 1")
     if args.period is not None and not 0 <= args.period <= 4096:
         parser.error(f"--period is {args.period}; expected 0 to 4096")
+    if args.views is not None and not 1 <= args.views <= 64:
+        parser.error(f"--views is {args.views}; expected 1 to 64")
     torch.set_float32_matmul_precision("medium")                                    # as in training and in sample.py
     device = sample.choose_device(args.device)
     model, checkpoint = sample.load_model(args.checkpoint, device)
-    options = sample.steps_for(checkpoint["sampling"]) | ({} if args.period is None else {"period": args.period})
+    asked = {name: getattr(args, name) for name in ("period", "views") if getattr(args, name) is not None}
+    options = sample.steps_for(checkpoint["sampling"]) | asked
     table = common.Table(Path(args.out) / "minute.csv")
     for frames in tqdm(args.frames, unit="length", leave=False, disable=None):
-        one = common.in_fresh_process(__file__, checkpoint=args.checkpoint, frames=frames, period=options.get("period", 0), device=str(device))
+        one = common.in_fresh_process(__file__, checkpoint=args.checkpoint, frames=frames, period=options.get("period", 0), views=options.get("views", 1), device=str(device))
         records, result = judge.score(model, args.captions, frames, options, held_out_only=args.held_out, seed=args.seed)
         seconds = torch.stack([record["good"].view(-1, 16).all(1) for record in records])       # (captions, seconds)
         table.add(frames=frames, seconds_of_film=frames // 16, seconds_to_make=round(one["seconds"], 1), peak_mib=round(one["mib"]),

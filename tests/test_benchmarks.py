@@ -89,7 +89,7 @@ def test_models_that_are_compared_hold_the_same_parameters():
 
 @pytest.mark.parametrize("module, wrong", [
     (ablations, "--seeds 0"), (adapt, "--every 0"), (adjacency, "--grid 1 1 1"), (bayes, "--captions 0"), (consumer, "--device tpu"), (following, "--captions 0"),
-    (cost, "--pixels 3"), (length, "--pixels 500"), (minute, "--frames 10"), (parts, "--rounds 0")])
+    (cost, "--pixels 3"), (length, "--pixels 500"), (minute, "--frames 10"), (minute, "--views 0"), (parts, "--rounds 0")])
 def test_every_script_teaches_and_refuses(monkeypatch, capsys, module, wrong):
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, module, "--help")
@@ -422,19 +422,19 @@ def test_adapt_goes_on_and_sums_up(monkeypatch, tmp_path, capsys):
 
 def test_minute_counts_seconds_and_films(monkeypatch, tmp_path):
     def score(model, n, frames, options, held_out_only, seed):
-        assert options["period"] == 8 and options["steps"] == train_tiny.SAMPLING["steps"]
+        assert options["period"] == 8 and options["views"] == 3 and options["steps"] == train_tiny.SAMPLING["steps"]
         good = torch.ones(n, frames, dtype=torch.bool)
         good[0, 17] = False                                             # one frame of one film, in its second second
         return [dict(good=row) for row in good], dict(joint=(n - 1) / n, low=0.3, high=0.9)
     monkeypatch.setattr(judge, "score", score)
-    monkeypatch.setattr(common, "in_fresh_process", lambda script, checkpoint, frames, period, device: dict(seconds=1.23, mib=float(period), device=device))
-    call(monkeypatch, minute, "--frames", 32, 64, "--captions", 2, "--period", 8, "--device", "cpu", "--out", tmp_path, "--plot", tmp_path / "plot.png")
+    monkeypatch.setattr(common, "in_fresh_process", lambda script, checkpoint, frames, period, views, device: dict(seconds=1.23, mib=float(10 * views + period), device=device))
+    call(monkeypatch, minute, "--frames", 32, 64, "--captions", 2, "--period", 8, "--views", 3, "--device", "cpu", "--out", tmp_path, "--plot", tmp_path / "plot.png")
     rows = common.Table(tmp_path / "minute.csv", resume=True).rows
-    assert [row["peak_mib"] for row in rows] == ["8", "8"]              # the clip that is timed has the same noise
+    assert [row["peak_mib"] for row in rows] == ["38", "38"]            # the clip that is timed has the same noise and views
     assert [(row["seconds_right"], row["all_right"]) for row in rows] == [("75.0 %", "50.0 %"), ("87.5 %", "50.0 %")]
     assert [row["right"] for row in common.Table(tmp_path / "minute_by_second.csv", resume=True).rows] == ["1.0", "0.5", "1.0", "1.0"]
 
 
 def test_minute_makes_a_clip_by_sample_py():
-    one = common.in_fresh_process(minute.__file__, checkpoint=str(ROOT / "assets" / "tiny.pt"), frames=4, period=2, device="cpu")
+    one = common.in_fresh_process(minute.__file__, checkpoint=str(ROOT / "assets" / "tiny.pt"), frames=4, period=2, views=1, device="cpu")
     assert one["seconds"] > 0 and one["mib"] > 100
