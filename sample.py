@@ -640,9 +640,12 @@ def prepare(args):
         raise ValueError(f"the model makes {model.config.channels} channels; pictures are made of 3")
     shape = tuple(settings[name] for name in ("frames", "height", "width"))
     enlargement(args.paths[0].suffix.lower(), *shape, args.scale)
+    limit = model.config.text_length
+    texts = [encode([c], checkpoint["vocabulary"], limit) for c in args.captions]    # so that errors speak of what was asked
     if settings["frames"] > 1:
-        args.captions = [complete(caption, model.choices, (settings["seed"] + i) % 2**32) for i, caption in enumerate(args.captions)]
-    texts = [encode([c], checkpoint["vocabulary"], model.config.text_length) for c in args.captions]
+        told = [complete(caption, model.choices, (settings["seed"] + i) % 2**32) for i, caption in enumerate(args.captions)]
+        args.captions = [new if len(words(new)) <= limit else old for new, old in zip(told, args.captions)]
+        texts = [encode([c], checkpoint["vocabulary"], limit) for c in args.captions]
     # A computer that runs out of memory may end the process without a word, so what cannot fit is refused here.
     if shortage := lacks_memory(model.config, shape, settings, device, least=True):
         raise ValueError(shortage)

@@ -156,6 +156,11 @@ def test_the_command_completes_captions_of_clips_and_says_so(call, tmp_path):
     assert Path("named.gif").read_bytes() == second.read_bytes()
     code, out, _ = call(asked, "--frames", 1, "--out", "still.gif", checkpoint=path)      # a picture has no speed
     assert code == 0 and S.read_settings("still.gif")["caption"] == asked
+    full = "a red circle" + 9 * " up"                       # as many words as the model reads: no room for another
+    code, out, _ = call(full, "--out", "full.gif", checkpoint=path)
+    assert code == 0 and S.read_settings("full.gif")["caption"] == full
+    code, _, said = call(full + " up", checkpoint=path)
+    assert code == 2 and "has 13 words" in said
 
 
 # ---- times ------------------------------------------------------------------------------------------------
