@@ -69,10 +69,11 @@ def held_out(specs):
     return (colour + 2 * shape + 3 * direction) % 10 == 4
 
 
-def random_specs(n, generator, objects=1, held_out_only=False):
+def random_specs(n, generator, objects=1, held_out_only=False, practice=False):
     """Draw n specs: int64 (n, objects, 5). Two objects differ in colour and are both small.
 
-    held_out_only: every object from the held-out combinations; else every object from the others.
+    held_out_only: every object from the held-out combinations; else every object from the others. practice: as training
+    draws them, what is hard more often (PRACTICE, SMALL); else all alike.
     """
     if objects not in (1, 2):
         raise ValueError(f"objects is {objects!r}; a clip holds 1 or 2 objects: ask for one of these")
@@ -80,12 +81,16 @@ def random_specs(n, generator, objects=1, held_out_only=False):
         raise ValueError(f"n is {n!r}; ask for at least 1 clip")
     triples = torch.cartesian_prod(torch.arange(6), torch.arange(4), torch.arange(8))      # (192, 3)
     triples = triples[held_out(triples) == held_out_only]                                  # (m, 3)
+    tickets = PRACTICE[triples[:, 1]] if practice else torch.ones(len(triples))            # (m,)
     taken = torch.zeros(n, len(triples))
     picks = []
-    for _ in range(objects):    # a lottery among the triples; colours that are taken cannot win
-        picks.append(triples[(torch.rand(n, len(triples), generator=generator) - taken).argmax(1)])
+    for _ in range(objects):    # a lottery among the triples: the best of w draws of u is u^(1/w); colours that are taken cannot win
+        luck = torch.rand(n, len(triples), generator=generator) ** (1 / tickets)
+        picks.append(triples[(luck - taken).argmax(1)])
         taken = taken + (triples[:, 0] == picks[-1][:, :1])
     speed_size = torch.randint(2, (n, objects, 2), generator=generator)
+    if practice:
+        speed_size[..., 1] = torch.rand(n, objects, generator=generator) > SMALL
     if objects == 2:
         speed_size[..., 1] = 0                       # two large ones would have no room to miss each other
     return torch.cat([torch.stack(picks, 1), speed_size], -1)                              # (n, k, 5)
@@ -157,8 +162,8 @@ def render(specs, starts, frames, size=32):
     check_specs(specs, 3)
     if not isinstance(starts, torch.Tensor) or starts.shape != (*specs.shape[:2], 2) or not starts.isfinite().all():
         raise ValueError(f"starts {tuple(getattr(starts, 'shape', ()))} came in; expected {(*specs.shape[:2], 2)}, finite")
-    if frames < 1 or size < 32:
-        raise ValueError(f"frames={frames}, size={size}: need at least 1 frame, and 32 pixels for large shapes")
+    if frames < 1 or size < 24:
+        raise ValueError(f"frames={frames}, size={size}: need at least 1 frame, and 24 pixels for large shapes")
     b, k, _ = specs.shape
     colour, shape, direction, speed, big = specs.reshape(b * k, 5).unbind(-1)
     first = draw_shapes(HALF[big], starts.reshape(b * k, 2), size)[torch.arange(b * k), shape]
@@ -209,13 +214,13 @@ def caption(specs, generator=None, still=False, plain=False, speeds=False):
     return " and ".join(phrases)
 
 
-def make_batch(n, frames, generator, size=32, objects=1, held_out_only=False, speeds=False):
+def make_batch(n, frames, generator, size=32, objects=1, held_out_only=False, speeds=False, practice=False):
     """n clips with captions: float32 (n, 3, frames, size, size), list of n str, specs int64 (n, objects, 5).
 
-    One frame is a still image, captioned without motion. held_out_only as in `random_specs`, speeds as in `caption`. All
-    chance comes from the (CPU) generator.
+    One frame is a still image, captioned without motion. held_out_only and practice as in `random_specs`, speeds as in
+    `caption`. All chance comes from the (CPU) generator.
     """
-    specs = random_specs(n, generator, objects, held_out_only)
+    specs = random_specs(n, generator, objects, held_out_only, practice)
     clips = render(specs, random_starts(specs, frames, generator, size), frames, size)
     return clips, [caption(s, generator, still=frames == 1, speeds=speeds) for s in specs], specs
 
@@ -225,16 +230,18 @@ def make_batch(n, frames, generator, size=32, objects=1, held_out_only=False, sp
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of the progressive recipe: `share` of all steps on clips of `frames` frames, `batch` at a time."""
+    """One stage of the progressive recipe: `share` of all steps on clips of `frames` frames, `batch` at a time, of a world of `size` pixels."""
 
     frames: int
     batch: int
     share: float
+    size: int = 32
 
 
-# LinGen's recipe in small: pictures first, then short clips, then longer ones, each stage starting from the
-# last. Every stage costs about the same per step, since fewer frames come in larger batches.
-STAGES = (Stage(1, 64, 0.04), Stage(4, 48, 0.10), Stage(16, 16, 0.70), Stage(64, 4, 0.10), Stage(256, 1, 0.06))
+# LinGen's recipe in small: pictures first, then short clips, then longer ones, and each first at low resolution, each stage
+# starting from the last. Low resolution here is a smaller world: shapes as large as ever, with less black around them, so that
+# a step shows nearly twice as many. Every stage costs about the same per step, since fewer tokens come in larger batches.
+STAGES = (Stage(1, 112, 0.04, 24), Stage(4, 84, 0.10, 24), Stage(16, 28, 0.40, 24), Stage(16, 16, 0.30), Stage(64, 4, 0.10), Stage(256, 1, 0.06))
 IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
 LONG_EVERY = 2          # in the stages of long clips the odd steps show 16 frames: trained on long clips only, the model forgets the short ones
 ONE_EVERY = 3           # with --objects 2, every third step shows one object, the others two
@@ -242,6 +249,8 @@ ANY_TIME = 0.25         # share of clips whose time is drawn evenly from 0 to 1:
 OWN_FROM = 0.5          # share of the steps after which the model is also shown its own predictions: see `rehearse`
 SETTLED = -1.7          # logit of the time (16 frames) from which on a shape's place is certain: only later times are rehearsed
 OWN = 0.75              # share of the clips at those times that are rehearsed
+PRACTICE = torch.tensor([1.0, 1.0, 1.5, 3.0])    # how often training draws each of SHAPES, in proportion: the corners of a cross come right last
+SMALL = 0.65            # share of small ones among them: an edge that is off by as much counts for more
 DROP = 0.05             # share of captions taken away, for guidance needs a model without caption
 
 PERIOD = 32             # frames after which this world, whole-pixel steps on a torus of 32 pixels, is what it was; and the noise of
@@ -295,13 +304,16 @@ def draw_times(n, frames, generator):
 def training_batch(step, steps, seed, objects=1, shortest=1):
     """Everything random in a step, made from (seed, step) alone: whoever resumes at a step sees the same data.
 
-    Returns clips (b, 3, frames, 32, 32), text (b, n), t (b,), noise like clips; and for `rehearse` earlier times (b,), 0
+    Returns clips (b, 3, frames, size, size), text (b, n), t (b,), noise like clips; and for `rehearse` earlier times (b,), 0
     where there is nothing to rehearse, and the noise of those, like clips.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     stage = shown_at(step, steps, shortest)
     several = objects if objects == 1 or step % ONE_EVERY else 1
-    clips, captions, _ = make_batch(stage.batch, stage.frames, generator, objects=several, speeds=True)     # as `sample.complete` does
+    n, size = stage.batch, stage.size
+    if several > 1:             # two could not keep their distance in a small world: as many tokens of a large one
+        n, size = n * size**2 // 32**2, 32
+    clips, captions, _ = make_batch(n, stage.frames, generator, size, several, speeds=True, practice=True)      # speeds: as `sample.complete` does
     text = sample.encode(captions, VOCABULARY)                                              # (b, n)
     text[torch.rand(len(text), generator=generator) < DROP] = 0
     t, noise = draw_times(len(clips), stage.frames, generator), sample.white_noise(clips.shape, generator, PERIOD)
@@ -695,7 +707,7 @@ def main(argv=None):
     add("--out", default="runs/tiny.pt", help="the checkpoint (default runs/tiny.pt); a preview is written beside it")
     add("--resume", action="store_true", help="go on with the run in --out; a finished one goes on if --steps is larger")
     add("--weights", metavar="CHECKPOINT", help="begin with the weights of this one instead of at random (with another --seed, or it sees the same data again)")
-    add("--steps", type=int, default=2000, help="of all stages together (default 2000: 20 to 40 minutes on one or two CPU cores)")
+    add("--steps", type=int, default=2200, help="of all stages together (default 2200: 15 to 40 minutes on two or one CPU cores)")
     add("--seed", type=int, default=0, help="of the weights and the data")
     add("--objects", type=int, choices=(1, 2), default=1, help="2: the second level, clips with two objects among those with one")
     add("--shortest", type=int, choices=sorted({stage.frames for stage in STAGES}), default=1,
