@@ -238,9 +238,9 @@ class Stage:
     size: int = 32
 
 
-# LinGen's recipe in small: pictures first, then short clips, then longer ones, and each first at low resolution, each stage
-# starting from the last. Low resolution here is a smaller world: shapes as large as ever, with less black around them, so that
-# a step shows nearly twice as many. Every stage costs about the same per step, since fewer tokens come in larger batches.
+# LinGen's recipe in small: pictures first, then short clips, then longer ones, low resolution before high, each stage starting
+# from the last. Low resolution is a smaller world here: shapes as large as ever, with less black around them, so that a step
+# shows nearly twice as many. Every stage costs about the same per step, since fewer tokens come in larger batches.
 STAGES = (Stage(1, 112, 0.04, 24), Stage(4, 84, 0.10, 24), Stage(16, 28, 0.40, 24), Stage(16, 16, 0.30), Stage(64, 4, 0.10), Stage(256, 1, 0.06))
 IMAGES_EVERY = 8        # hybrid training: in the video stages every eighth step is a step on pictures
 LONG_EVERY = 2          # in the stages of long clips the odd steps show 16 frames: trained on long clips only, the model forgets the short ones
@@ -312,7 +312,7 @@ def training_batch(step, steps, seed, objects=1, shortest=1):
     several = objects if objects == 1 or step % ONE_EVERY else 1
     n, size = stage.batch, stage.size
     if several > 1:             # two could not keep their distance in a small world: as many tokens of a large one
-        n, size = n * size**2 // 32**2, 32
+        n, size = max(1, n * size**2 // 32**2), 32
     clips, captions, _ = make_batch(n, stage.frames, generator, size, several, speeds=True, practice=True)      # speeds: as `sample.complete` does
     text = sample.encode(captions, VOCABULARY)                                              # (b, n)
     text[torch.rand(len(text), generator=generator) < DROP] = 0
