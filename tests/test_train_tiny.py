@@ -816,9 +816,9 @@ def test_two_processes_follow_the_curve_of_one(tmp_path):
 
 
 def test_more_processes_than_clips_are_refused_and_those_of_the_recipe_are_not(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "65")
+    monkeypatch.setenv("WORLD_SIZE", "113")
     assert toy.main(["--steps", "1", "--out", str(tmp_path / "run.pt")]) == 2
-    assert "65 processes, but no batch of more than 64 clips" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "113 processes, but no batch of more than 112 clips" in capsys.readouterr().err and not list(tmp_path.iterdir())
     run = toy.Run(lingen.preset("tiny", vocab_size=len(toy.VOCABULARY)), dict(steps=100, seed=0, objects=1, rate=2e-3), torch.device("cpu"))
     run.step, gathered = 98, []             # 256 frames, one clip
     monkeypatch.setattr(toy.distributed, "all_reduce", gathered.append)
