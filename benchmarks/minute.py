@@ -60,14 +60,14 @@ def main():
     args = common.arguments(parser, child)
     if any(frames % 16 or not 16 <= frames <= 4096 for frames in args.frames) or args.captions < 1:
         parser.error("--frames must be multiples of 16 up to 4096, --captions at least 1")
-    if args.period is not None and not 0 <= args.period <= 4096:
-        parser.error(f"--period is {args.period}; expected 0 to 4096")
-    if args.views is not None and not 1 <= args.views <= 64:
-        parser.error(f"--views is {args.views}; expected 1 to 64")
+    asked = {name: getattr(args, name) for name in ("period", "views") if getattr(args, name) is not None}
+    for name, value in asked.items():
+        _, low, high = sample.LIMITS[name]
+        if not low <= value <= high:
+            parser.error(f"--{name} is {value}; expected {low} to {high}")
     torch.set_float32_matmul_precision("medium")                                    # as in training and in sample.py
     device = sample.choose_device(args.device)
     model, checkpoint = sample.load_model(args.checkpoint, device)
-    asked = {name: getattr(args, name) for name in ("period", "views") if getattr(args, name) is not None}
     options = sample.steps_for(checkpoint["sampling"]) | asked
     table = common.Table(Path(args.out) / "minute.csv")
     for frames in tqdm(args.frames, unit="length", leave=False, disable=None):
