@@ -1,35 +1,29 @@
-"""The four scan orders: how a clip becomes a sequence, and comes back.
+"""Four scan orders: how a grid of tokens becomes a sequence, and comes back.
 
-A Mamba reads tokens in a line, but a clip is a grid of t frames, h rows and w columns. Whatever the
-line, it tears most neighbours apart: read row by row, the pixel below is w places away and the same
-pixel in the next frame h*w places. LinGen's answer is *Rotary Major Scan* (RMS, fig. 4 of the paper):
-let each layer walk the grid in another order, so that each axis is the fast one in turn. The token
-(t, y, x) of a T x H x W grid stands in the sequence at
+Mamba reads tokens in a line, but a clip is a grid of T frames, H rows and W columns. Whatever the
+order, it separates most neighbours: read row by row, the token below is W places away, and the same
+token of the next frame H*W places. LinGen's answer is *Rotary Major Scan* (RMS, fig. 4 of the
+paper): each layer reads the grid in another order, so that each axis is the fast one in turn.
 
-    layer mod 4   order              place in the sequence
+    layer mod 4   order              place of token (t, y, x) in the sequence
     0             spatial-row        t*H*W + y*W + x
     1             spatial-column     t*H*W + x*H + y
     2             temporal-row       (y*W + x)*T + t
     3             temporal-column    (x*H + y)*T + t
 
-All four only permute the axes, and a permutation of axes is one strided copy (none at all for
-spatial-row). The zigzag, with which the paper compares RMS (table 2, fig. 11b), is no such permutation:
-each row and each frame is walked in the direction opposite to the last, so it needs a table with one
-index per token and a gather through it.
+Each order only permutes the axes, which costs one strided copy (for spatial-row not even that). The
+zigzag, with which the paper compares RMS (table 2, fig. 11b), walks each row and each frame in the
+direction opposite to the last. That is no permutation of axes: it needs an index for every token.
 
-Symbols: b batch; t, h, w frames, rows, columns (T, H, W in the table, where t is a place); d width of a token;
-l = t*h*w length of the sequence; (t, y, x) the place of one token in the grid.
+b batch; t, h, w frames, rows, columns; d width of a token; l = t*h*w length of the sequence.
 
-Run it: `python scan.py --grid 4 8 8` prints how far apart the neighbours land, and draws the orders.
+Run it: `python scan.py` prints how far apart neighbours land in each order.
 """
-
-import difflib
-import functools
 
 import torch
 from einops import rearrange
 
-# Read an entry as nested loops, slowest axis first. The key order is the layer order of RMS.
+# The axes of each order, slowest first. RMS takes them in this order, layer by layer.
 AXES = {
     "spatial-row": "t h w",
     "spatial-column": "t w h",
@@ -39,139 +33,71 @@ AXES = {
 SCANS = tuple(AXES)
 
 
-# ---------------------------------------------------------------- there and back
-
-
 def to_sequence(grid, order):
-    """Lay a grid of tokens out in a line.
+    """Flatten a grid of tokens: (b, t, h, w, d) -> (b, t*h*w, d).
 
-    grid   (b, t, h, w, d), any dtype; t, h, w >= 1
-    order  a name of SCANS, "zigzag", or a layer number >= 0 (taken mod 4, as in fig. 4)
-    ->     (b, t*h*w, d); a view of a contiguous grid for spatial-row, else one copy
-    ValueError for another rank, an empty axis, an unknown name, a negative layer; TypeError for an
-    order that is neither str nor int.
+    order: a name of SCANS, "zigzag", or a layer number (mod 4, as in fig. 4).
+    Raises ValueError for an unknown order.
     """
-    order = _name(order)
-    if not isinstance(grid, torch.Tensor):
-        raise TypeError(f"grid is a {type(grid).__name__}; expected a tensor (b, t, h, w, d)")
-    if grid.ndim != 5 or 0 in grid.shape[1:4]:
-        raise ValueError(f"grid has shape {tuple(grid.shape)}; expected (b, t, h, w, d) with t, h, w >= 1")
+    order = order_name(order)
     if order == "zigzag":
-        place_in_grid, _ = zigzag_table(*grid.shape[1:4], grid.device)
-        return grid.flatten(1, 3).index_select(1, place_in_grid)  # (b, l, d)
-    return rearrange(grid, f"b t h w d -> b ({AXES[order]}) d")  # (b, l, d)
+        return grid.flatten(1, 3)[:, zigzag_index(*grid.shape[1:4], grid.device)]  # (b, l, d)
+    return rearrange(grid, f"b t h w d -> b ({AXES[order]}) d")
 
 
 def to_grid(seq, order, shape):
-    """The inverse of `to_sequence`.
+    """The inverse of `to_sequence`: (b, l, d) and shape = (t, h, w) -> (b, t, h, w, d).
 
-    seq (b, l, d), any dtype; order as there; shape = (t, h, w) with t*h*w = l  ->  (b, t, h, w, d)
-    ValueError for another rank, or a shape that does not hold l tokens; else as `to_sequence`.
+    Raises ValueError for an unknown order, or a shape that does not hold l tokens.
     """
-    order = _name(order)
-    if not isinstance(seq, torch.Tensor):
-        raise TypeError(f"seq is a {type(seq).__name__}; expected a tensor (b, l, d)")
-    if seq.ndim != 3:
-        raise ValueError(f"seq has shape {tuple(seq.shape)}; expected (b, l, d)")
-    if not _whole(shape) or shape[0] * shape[1] * shape[2] != seq.shape[1]:
-        raise ValueError(f"shape {tuple(shape)} does not hold the {seq.shape[1]} tokens of seq; "
-                         "expected three sizes (t, h, w) >= 1 with t*h*w equal to that")  # fmt: skip
+    order = order_name(order)
     t, h, w = shape
+    if t * h * w != seq.shape[1]:
+        raise ValueError(f"shape {tuple(shape)} does not hold the {seq.shape[1]} tokens of seq")
     if order == "zigzag":
-        _, place_in_seq = zigzag_table(t, h, w, seq.device)
-        return seq.index_select(1, place_in_seq).unflatten(1, (t, h, w))  # (b, t, h, w, d)
-    return rearrange(seq, f"b ({AXES[order]}) d -> b t h w d", t=t, h=h, w=w)  # (b, t, h, w, d)
+        inverse = zigzag_index(t, h, w, seq.device).argsort()  # (l,)
+        return seq[:, inverse].unflatten(1, (t, h, w))
+    return rearrange(seq, f"b ({AXES[order]}) d -> b t h w d", t=t, h=h, w=w)
 
 
-def _whole(shape):
-    """Three sizes (t, h, w) of at least 1?"""
-    return len(shape) == 3 and all(isinstance(size, int) and size >= 1 for size in shape)
-
-
-@functools.lru_cache(maxsize=16)  # a model asks for the same few shapes in every layer of every step
-@torch.inference_mode(False)  # a table first made while sampling must also serve training later
-def zigzag_table(t, h, w, device):
-    """The zigzag as two int64 tables of length t*h*w: which token of the grid stands at each place of
-    the sequence, and its inverse. Tokens of the grid are counted in spatial-row order."""
-    place = torch.arange(t * h * w, device=device)
-    row = place // w  # rows walked so far, over all frames
-    frame, y, x = row // h, row % h, place % w
-    y = torch.where(frame % 2 == 0, y, h - 1 - y)  # every other frame from the bottom up
-    # The parity of `row`, not of y: the count runs on over frames, and so does the turning of the walk.
-    x = torch.where(row % 2 == 0, x, w - 1 - x)
-    place_in_grid = (frame * h + y) * w + x  # (l,)
-    return place_in_grid, place_in_grid.argsort()
-
-
-def _name(order):
-    """The name of an order given by name or by layer number."""
-    if isinstance(order, bool) or not isinstance(order, (str, int)):
-        raise TypeError(f"order is {order!r}; expected a name or a layer number (int)")
+def order_name(order):
+    """The name of an order that is given by name or by layer number."""
     if isinstance(order, int):
-        if order < 0:
-            raise ValueError(f"order is {order}; layers count from 0")
-        return SCANS[order % 4]  # a fifth order would be asked for by name
+        return SCANS[order % 4]
     if order not in AXES and order != "zigzag":
-        close = difflib.get_close_matches(order, [*SCANS, "zigzag"], n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"unknown order {order!r}{hint}; known are {', '.join(SCANS)} and zigzag")
+        raise ValueError(f"unknown order {order!r}; expected {', '.join(SCANS)} or zigzag")
     return order
 
 
-# ---------------------------------------------------------------- the adjacency argument in numbers
+def zigzag_index(t, h, w, device=None):
+    """Which token stands at each place of the zigzag: int64 (l,), in spatial-row numbers."""
+    place = torch.arange(t * h * w, device=device)
+    row = place // w  # counted over all frames
+    frame, y, x = row // h, row % h, place % w
+    y = torch.where(frame % 2 == 0, y, h - 1 - y)
+    # The walk turns at the end of every row, also from frame to frame: hence row, not y.
+    x = torch.where(row % 2 == 0, x, w - 1 - x)
+    return (frame * h + y) * w + x
 
 
 def places(order, shape):
     """Where each token of a grid of shape (t, h, w) stands in the sequence: int64 (t, h, w)."""
-    if not _whole(shape):
-        raise ValueError(f"shape is {shape!r}; expected three sizes (t, h, w) >= 1")
     line = torch.arange(shape[0] * shape[1] * shape[2])
     return to_grid(line[None, :, None], order, shape)[0, ..., 0]
 
 
-def distances(order, shape):
-    """How far apart neighbours land in the sequence: one int64 tensor for each axis t, y, x.
-
-    order as in `to_sequence`, or "rms": for each pair the smallest distance over the four layers."""
-    if order == "rms":
-        return [torch.stack(axis).amin(0) for axis in zip(*(distances(s, shape) for s in SCANS[:4]))]
-    return [places(order, shape).diff(dim=axis).abs().flatten() for axis in range(3)]
-
-
-def table(shape, within):
-    """The table as text: an order a line; mean and largest distance along each axis; near pairs."""
-    head = "mean  largest"
-    lines = [f"{'':24}{'along t':>15}{'along y':>15}{'along x':>15}{'pairs within':>15}",
-             f"{'order':24}{head:>15}{head:>15}{head:>15}{f'{within} places':>15}"]  # fmt: skip
-    for order in (*SCANS, "zigzag", "rms"):
-        apart = distances(order, shape)
-        cells = [f"{a.double().mean():.1f}{a.max():9d}" if a.numel() else "no pairs" for a in apart]
-        every = torch.cat(apart)
-        near = f"{100 * (every <= within).double().mean():.0f} %" if every.numel() else "no pairs"
-        name = "RMS, best of four layers" if order == "rms" else order
-        lines.append(f"{name:24}" + "".join(f"{cell:>15}" for cell in [*cells, near]))
-    return "\n".join(lines)
+def main():
+    shape = (4, 8, 8)
+    print(f"grid {shape}: mean distance in the sequence between neighbours along each axis\n")
+    print(f"{'order':16} {'time':>7} {'height':>7} {'width':>7}")
+    apart = {}
+    for order in (*SCANS, "zigzag"):
+        apart[order] = [places(order, shape).diff(dim=axis).abs().double() for axis in range(3)]
+        print(f"{order:16} " + " ".join(f"{axis.mean():7.1f}" for axis in apart[order]))
+    # Over four layers, a pair of neighbours is as near as its best order brings it.
+    best = [torch.stack(axis).amin(0).mean() for axis in zip(*(apart[order] for order in SCANS))]
+    print(f"{'rotary, best':16} " + " ".join(f"{mean:7.1f}" for mean in best))
 
 
 if __name__ == "__main__":
-    import argparse
-
-    from benchmarks import pictures
-
-    pictures.end_with_the_reader()
-    parser = argparse.ArgumentParser(description="How far apart neighbours of the grid land in the sequence.")
-    parser.add_argument("--grid", type=int, nargs=3, default=[4, 8, 8], metavar=("T", "H", "W"),
-                        help="frames, rows, columns of the grid to measure (default 4 8 8)")  # fmt: skip
-    parser.add_argument("--within", type=int, default=8, metavar="K",
-                        help="count a pair as near when at most K places apart (default 8)")  # fmt: skip
-    parser.add_argument("--out", default="scan_orders.png",
-                        help="the picture, of the grid cut to 4 per axis (default scan_orders.png)")  # fmt: skip
-    args = parser.parse_args()
-    if min(args.grid) < 1 or args.within < 1:
-        parser.error(f"--grid {args.grid} and --within {args.within}: every number must be at least 1")
-    if args.grid[0] * args.grid[1] * args.grid[2] > 10**7:
-        parser.error(f"--grid {args.grid} has more than ten million tokens; choose a smaller grid")
-    pictures.check_out(parser, args.out)
-    print(f"How far apart neighbours of a {' x '.join(map(str, args.grid))} grid land in the sequence\n")
-    print(table(args.grid, args.within))
-    pictures.save(pictures.scan_orders([min(size, 4) for size in args.grid]), args.out)
+    main()

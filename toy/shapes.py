@@ -118,7 +118,7 @@ def draw_shapes(centre, size=SIZE):
 
 
 def render(specs, starts, frames, size=SIZE):
-    """Draw clips: full specs (b, 3), starts (b, 2) -> float32 (b, 3, frames, size, size) in [-1, 1]."""
+    """Draw clips: full specs (b, 3), starts (b, 2) -> (b, 3, frames, size, size) in [-1, 1]."""
     b = len(specs)
     colour, shape, direction = specs.unbind(-1)
     first = draw_shapes(starts, size)[torch.arange(b), shape]  # (b, h, w)
