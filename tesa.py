@@ -87,17 +87,14 @@ def window_mask(shape, window, shift, device=None):
 def rotary(shape, e, dtype, device=None, longest=16):
     """Rotary position embedding (RoPE; Su et al. 2021, arXiv 2104.09864) in three dimensions.
 
-    shape (t, h, w) -> cosines and sines, (t*h*w, e // 2) each, in float32 or float64. The pairs of
-    features take the axes t, h, w in turn, with wavelengths from 2 tokens up to `longest`.
+    shape (t, h, w), m tokens -> cosines and sines, (m, e // 2) each. The pairs of features take the
+    axes t, h, w in turn, with wavelengths from 2 tokens up to `longest`.
     """
     dtype = torch.promote_types(dtype, torch.float32)  # a rounded place would be another place
     pair = torch.arange(e // 2, device=device)
     frequency = math.pi * (longest / 2) ** -((pair // 3 + 0.5) / math.ceil(e / 6)).to(dtype)
-    angles = torch.zeros(1, dtype=dtype, device=device)
-    for axis, size in enumerate(shape):
-        place = torch.arange(size, device=device).view([-1 if i == axis else 1 for i in range(4)])
-        angles = angles + place * (frequency * (pair % 3 == axis))  # in the end (t, h, w, e // 2)
-    angles = angles.flatten(0, 2)
+    place = torch.cartesian_prod(*(torch.arange(size, device=device) for size in shape))  # (m, 3)
+    angles = place[:, pair % 3] * frequency  # (m, e // 2)
     return angles.cos(), angles.sin()
 
 
@@ -123,7 +120,7 @@ class TemporalSwinAttention(nn.Module):
 
     window (t, h, w) in tokens; shift (t, h, w), 0 in even layers and half a window in odd ones.
     Raises ValueError for a width that 2 * nheads does not divide, or a shift beyond the window.
-    Choice: RoPE inside the window, where Swin has a learnt bias for each offset (docs/choices.md).
+    Choice: RoPE inside the window, where Swin has a learnt bias for each offset.
     """
 
     def __init__(self, d_model, nheads, window=(4, 4, 4), shift=(0, 0, 0)):
@@ -141,8 +138,8 @@ class TemporalSwinAttention(nn.Module):
         window, shift = fit(shape, self.window, self.shift)
         parts = partition(grid, window, shift)  # (b, k, m, d)
         pattern = "b k m (three n e) -> three (b k) n m e"
-        q, k, v = rearrange(self.qkv(parts), pattern, three=3, n=self.nheads)  # (b*k, n, m, e) each
-        cos, sin = rotary(window, q.shape[-1], q.dtype, q.device)  # (m, e // 2) each
+        q, k, v = rearrange(self.qkv(parts), pattern, three=3, n=self.nheads)  # (b*k, n, m, e)
+        cos, sin = rotary(window, q.shape[-1], q.dtype, q.device)  # (m, e // 2)
         mask = window_mask(shape, window, shift, q.device)  # (k, m, m)
         if mask is not None:
             mask = mask[:, None].repeat(b, 1, 1, 1)  # (b*k, 1, m, m)

@@ -148,3 +148,14 @@ def summary(verdict):
     result = {key: verdict[key].double().mean().item() for key in keys}
     low, high = interval(int(verdict["strict"].sum()), len(verdict["strict"]))
     return result | {"low": low, "high": high, "seconds": seconds(verdict).double().mean().item()}
+
+
+def report(verdict):
+    """A verdict as one line of text: percentages right, mean of the least overlap."""
+    mean = summary(verdict)
+    keys = ("strict", "lenient", "colour", "shape", "direction", "one_object")
+    parts = [f"{key} {100 * mean[key]:.1f}" for key in keys]
+    within = f"({100 * mean['low']:.0f} to {100 * mean['high']:.0f})"
+    return f"% right of {len(verdict['strict'])}: {', '.join(parts)}; strict {within}; " + (
+        f"overlap {mean['overlap']:.3f}, jump {verdict['jump'].median():.2f} px"
+    )
