@@ -287,7 +287,7 @@ def times(x, weight):
     return torch.mul(x, weight[..., None], out=out)
 
 
-def decays(a, starts):
+def decays(a):
     """a (S, k, Q) -> L (S, k, Q, Q), into and out (S, k, Q), total (S, k).
 
     L_ij is the decay from token j to i, right only where i >= j (`readable` removes the rest); into is that from
@@ -296,21 +296,12 @@ def decays(a, starts):
     difference can turn positive by rounding, and is above the diagonal, so it is cut before exp at `most`: 0,
     unless A > 0 lets the state grow. 2^(a log2 e) is exp(a), and several times faster on CPUs.
     """
-    least = 2 * math.log2(torch.finfo(a.dtype).tiny)                            # 2^least is 0
-    a = (a * math.log2(math.e)).clamp(min=least)
+    a = a.clamp(min=1.2 * math.log2(torch.finfo(a.dtype).tiny))                 # 2^a is 0 there
     sums = a.cumsum(2)                                                          # (S, k, Q)
     most = a.clamp(min=0).sum(2, keepdim=True)                                  # (S, k, 1)
-    total = sums[:, :, -1]
-    into = sums.exp2()
-    out = (sums[:, :, -1:] - sums).clamp(max=most).exp2()
     L = sums[..., :, None] - sums[..., None, :]                                 # (S, k, Q, Q)
     L = L.clamp_(max=most[..., None]).exp2_()
-    if starts is not None:
-        passed = starts.cumsum(2)                                               # (S, k, Q)
-        into = into.masked_fill(passed > 0, 0)
-        out = out.masked_fill(passed < passed[:, :, -1:], 0)
-        total = total.masked_fill(passed[:, :, -1] > 0, -INF)
-    return L, into, out, total
+    return L, sums.exp2()
 
 
 def readable(G, starts, diagonal=0):
@@ -321,24 +312,27 @@ def readable(G, starts, diagonal=0):
     return G.tril_(diagonal)
 
 
-def carry(total, added, state):
+def carry(decay, added, state):
     """Step 3: the states that enter k chunks (S, k, s), and the one that leaves the last (S, s).
 
     The same trick once more: a small matrix of decays inside groups of chunks, then groups of groups.
-    total (S, k), binary logarithms of the chunks' decays; added (S, k, s); state (S, s).
+    decay (S, k), of whole chunks; added (S, k, s); state (S, s).
     """
-    k = total.shape[1]
+    k = decay.shape[1]
     if k == 1:
-        return state[:, None], added[:, 0] + total.exp2() * state
+        return state[:, None], added[:, 0] + decay * state
     K = min(k, GROUP)
-    total = F.pad(total, (0, -k % K)).unflatten(1, (-1, K))                     # (S, m, K)
     if k % K:
+        decay = F.pad(decay, (0, -k % K), value=1)
         added = F.pad(added, (0, 0, 0, -k % K))
-    W = F.pad(segment_sums(total).exp2(), (0, 0, 1, 0))                         # (S, m, K + 1, K)
+    decay = decay.unflatten(1, (-1, K))                                         # (S, m, K)
+    later = torch.ones(K, K, dtype=torch.bool, device=decay.device).tril(-1)
+    W = torch.where(later, decay[..., None], 1).cumprod(2).tril()               # (S, m, K, K)
+    W = F.pad(F.threshold(W, 2**-100, 0), (0, 0, 1, 0))                         # (S, m, K + 1, K)
     states = W @ added.unflatten(1, (-1, K))                                    # (S, m, K + 1, s)
-    entering, final = carry(total.sum(2), states[:, :, -1], state)              # (S, m, s)
-    decay = F.pad(total.cumsum(2), (1, 0))[:, :, :-1].exp2()                    # (S, m, K)
-    states = torch.addcmul(states[:, :, :-1], decay[..., None], entering[:, :, None])
+    into = F.pad(decay.cumprod(2), (1, 0), value=1)                             # (S, m, K + 1)
+    entering, final = carry(into[:, :, -1], states[:, :, -1], state)            # (S, m, s)
+    states = torch.addcmul(states[:, :, :-1], into[:, :, :-1, None], entering[:, :, None])
     return states.flatten(1, 2)[:, :k], final
 
 
@@ -357,7 +351,7 @@ class FastScan(torch.autograd.Function):
         for c in segments(x, B, Q):
             borders.append(state)
             part = Part(x, dt, a, B, C, starts, c, Q)
-            entering, state = carry(part.total, part.added(), state)
+            entering, state = carry(part.decay, part.added(), state)
             M = part.share(part.L).mul_(part.G[:, None]).flatten(0, 1)          # (S, k, Q, Q)
             put(add_product(M @ part.v, part.C_in, entering.unflatten(2, (p, n)).mT), y, c)
         ctx.save_for_backward(x, dt, a, B, C, starts, *borders)
@@ -381,12 +375,12 @@ class FastScan(torch.autograd.Function):
         for c, state in reversed(list(zip(segments(x, B, Q), borders))):
             part = Part(x, dt, a, B, C, starts, c, Q)
             dy_c = take(dy, c, Q).contiguous()                                  # (S, k, Q, p)
-            entering, _ = carry(part.total, part.added(), state)                # (S, k, p n)
+            entering, _ = carry(part.decay, part.added(), state)                # (S, k, p n)
             # The gradient of the states runs against the states, through the same decays.
             asked = (dy_c.mT @ part.C_in).flatten(2)
-            leaving, dstate = carry(part.total.flip(1), asked.flip(1), dstate)
+            leaving, dstate = carry(part.decay.flip(1), asked.flip(1), dstate)
             leaving = leaving.flip(1)                                           # (S, k, p n)
-            d_total = (entering * leaving).sum(2) * part.total.exp2()           # (S, k)
+            d_total = (entering * leaving).sum(2) * part.decay           # (S, k)
             entering, leaving = entering.unflatten(2, (p, n)), leaving.unflatten(2, (p, n))
             # y = M v + C_in H^T with M = L o G and G = C B^T; the chunk adds v^T B_out to the state.
             M = part.share(part.L) * part.G[:, None]                            # (N, r, k, Q, Q)
@@ -418,7 +412,13 @@ class Part:
     def __init__(self, x, dt, a, B, C, starts, c, Q):
         self.x, self.dt, self.B, self.C = (take(t, c, Q) for t in (x, dt, B, C))
         self.starts = None if starts is None else take(starts[..., None].expand(a.shape), c, Q)
-        self.L, self.into, self.out, self.total = decays(take(a, c, Q), self.starts)
+        self.L, self.into = decays(take(a, c, Q) * math.log2(math.e))
+        self.out = self.L[:, :, -1]
+        if starts is not None:
+            passed = self.starts.cumsum(2)                                          # (S, k, Q)
+            self.into = self.into.masked_fill(passed > 0, 0)
+            self.out = self.out.masked_fill(passed < passed[:, :, -1:], 0)
+        self.decay = self.into[:, :, -1]                                        # (S, k)
         self.v = times(self.x, self.dt)                                         # (S, k, Q, p)
         self.G = readable(self.C @ self.B.mT, self.starts)                      # (N, k, Q, Q)
         self.B_out = (self.B[:, None] * self.share(self.out)[..., None]).flatten(0, 1)      # (S, k, Q, n)
