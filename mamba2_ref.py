@@ -288,28 +288,21 @@ def times(x, weight):
 
 
 def decays(a):
-    """a (S, k, Q) -> L (S, k, Q, Q), into and out (S, k, Q), total (S, k).
+    """a (S, c, Q) -> running sums within the chunks and what they may reach, (S, c, Q) and (S, c, 1), base 2.
 
-    L_ij is the decay from token j to i, right only where i >= j (`readable` removes the rest); into is that from
-    the chunk's start to a token, out from a token to the chunk's end, total the binary logarithm of the chunk's.
-    The exponents are differences of two running sums: some digits worse than term by term, but fast. Such a
-    difference can turn positive by rounding, and is above the diagonal, so it is cut before exp at `most`: 0,
-    unless A > 0 lets the state grow. 2^(a log2 e) is exp(a), and several times faster on CPUs.
+    `between` makes exponents of differences of these sums: some digits worse than term by term, but fast. Such
+    a difference can turn positive by rounding, and is above the diagonal, so it is cut before exp at `most`:
+    0, unless A > 0 lets the state grow. 2^(a log2 e) is exp(a), and several times faster on CPUs.
     """
+    a = a * math.log2(math.e)
     a = a.clamp(min=1.2 * math.log2(torch.finfo(a.dtype).tiny))                 # 2^a is 0 there
-    sums = a.cumsum(2)                                                          # (S, k, Q)
-    most = a.clamp(min=0).sum(2, keepdim=True)                                  # (S, k, 1)
-    L = sums[..., :, None] - sums[..., None, :]                                 # (S, k, Q, Q)
-    L = L.clamp_(max=most[..., None]).exp2_()
-    return L, sums.exp2()
+    return a.cumsum(2), a.clamp(min=0).sum(2, keepdim=True)
 
 
-def readable(G, starts, diagonal=0):
-    """Zero in G (N, k, Q, Q), in place, what no token may read. All heads of a group share G: this is cheap."""
-    if starts is not None:
-        passed = starts.cumsum(2)[:: starts.shape[0] // G.shape[0]]             # (N, k, Q)
-        G = G.mul_(passed[..., :, None] == passed[..., None, :])
-    return G.tril_(diagonal)
+def between(sums, most):
+    """L (S, k, Q, Q): the decay from token j to token i of a chunk, right only where i >= j."""
+    L = sums[..., :, None] - sums[..., None, :]
+    return L.clamp_(max=most[..., None]).exp2_()
 
 
 def carry(decay, added, state):
@@ -328,33 +321,83 @@ def carry(decay, added, state):
     decay = decay.unflatten(1, (-1, K))                                         # (S, m, K)
     later = torch.ones(K, K, dtype=torch.bool, device=decay.device).tril(-1)
     W = torch.where(later, decay[..., None], 1).cumprod(2).tril()               # (S, m, K, K)
-    W = F.pad(F.threshold(W, 2**-100, 0), (0, 0, 1, 0))                         # (S, m, K + 1, K)
-    states = W @ added.unflatten(1, (-1, K))                                    # (S, m, K + 1, s)
-    into = F.pad(decay.cumprod(2), (1, 0), value=1)                             # (S, m, K + 1)
-    entering, final = carry(into[:, :, -1], states[:, :, -1], state)            # (S, m, s)
-    states = torch.addcmul(states[:, :, :-1], into[:, :, :-1, None], entering[:, :, None])
+    W = F.threshold(W, 2**-100, 0)                                              # denormal numbers are slow
+    added = added.unflatten(1, (-1, K))                                         # (S, m, K, s)
+    into = W[:, :, :, 0] * decay[:, :, :1]                                      # (S, m, K)
+    ends = (W[:, :, -1:] @ added).squeeze(2)                                    # (S, m, s)
+    entering, final = carry(into[:, :, -1], ends, state)                        # (S, m, s)
+    W, into = F.pad(W[:, :, :-1], (0, 0, 1, 0)), F.pad(into[:, :, :-1], (1, 0), value=1)
+    states = add_product(W @ added, into[..., None], entering[:, :, None])      # (S, m, K, s)
     return states.flatten(1, 2)[:, :k], final
+
+
+def add_product(t, a, b):
+    """t + a @ b, in place, for two axes of matrices."""
+    t.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    return t
+
+
+class Segment:
+    """What both passes make of some chunks. `share` parts the heads by group: (S, ...) -> (N, r, ...)."""
+
+    def __init__(self, x, B, C, small, c, Q):
+        self.x, self.B, self.C = take(x, c, Q), take(B, c, Q), take(C, c, Q)
+        self.dt, sums, most, self.into, self.out, self.passed = (t if t is None else t[:, c] for t in small)
+        self.decay = self.into[:, :, -1]                                        # (S, k)
+        self.L = between(sums, most)                                            # (S, k, Q, Q)
+        self.v = times(self.x, self.dt)                                         # (S, k, Q, p)
+        self.G = self.readable(self.C @ self.B.mT)                              # (N, k, Q, Q)
+        self.B_out = (self.B[:, None] * self.share(self.out)[..., None]).flatten(0, 1)      # (S, k, Q, n)
+        self.C_in = (self.C[:, None] * self.share(self.into)[..., None]).flatten(0, 1)      # (S, k, Q, n)
+
+    @staticmethod
+    def small(dt, a, starts, Q):
+        """What has one number per token and head, for all chunks: (S, c, Q).
+
+        into is the decay from the chunk's start to a token, out from a token to the chunk's end.
+        """
+        c = slice(0, -(-dt.shape[1] // Q))
+        dt, (sums, most) = take(dt, c, Q), decays(take(a, c, Q))
+        into, out, passed = sums.exp2(), (sums[:, :, -1:] - sums).clamp(max=most).exp2(), None
+        if starts is not None:                                                  # no decay crosses a start
+            passed = take(starts[..., None].expand(a.shape), c, Q).cumsum(2)
+            into = into.masked_fill(passed > 0, 0)
+            out = out.masked_fill(passed < passed[:, :, -1:], 0)
+        return dt, sums, most, into, out, passed
+
+    def share(self, t):
+        return t.unflatten(0, (self.B.shape[0], -1))
+
+    def readable(self, G, diagonal=0):
+        """Zero in G (N, k, Q, Q), in place, what no token may read. The heads of a group share G: this is cheap."""
+        if self.passed is not None:
+            passed = self.share(self.passed)[:, 0]                              # (N, k, Q)
+            G.mul_(passed[..., :, None] == passed[..., None, :])
+        return G.tril_(diagonal)
 
 
 class FastScan(torch.autograd.Function):
     """The four steps of `chunks`, a segment of some chunks at a time.
 
     Every head is a row of the batch: S = b h rows, N = b g for what the r heads of a group share. Kept for the
-    backward pass are the inputs and one state per segment; all else is made again.
+    backward pass are the inputs and one state per chunk; the matrices are made again.
     """
 
     @staticmethod
     def forward(ctx, x, dt, a, B, C, state, starts, Q):
-        (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+        (b, l, h, p), n = x.shape, B.shape[3]
         y = dt.new_empty(b, -(-l // Q) * Q, h, p)
-        shape, state, borders = state.shape, state.reshape(b * h, p * n), []
+        small = Segment.small(dt, a, starts, Q)
+        shape, state, states = state.shape, state.reshape(b * h, p * n), []
         for c in segments(x, B, Q):
-            borders.append(state)
-            part = Part(x, dt, a, B, C, starts, c, Q)
-            entering, state = carry(part.decay, part.added(), state)
-            M = part.share(part.L).mul_(part.G[:, None]).flatten(0, 1)          # (S, k, Q, Q)
-            put(add_product(M @ part.v, part.C_in, entering.unflatten(2, (p, n)).mT), y, c)
-        ctx.save_for_backward(x, dt, a, B, C, starts, *borders)
+            s = Segment(x, B, C, small, c, Q)
+            entering, state = carry(s.decay, (s.v.mT @ s.B_out).flatten(2), state)
+            entering = entering.unflatten(2, (p, n))                            # (S, k, p, n)
+            M = s.share(s.L).mul_(s.G[:, None]).flatten(0, 1)                   # (S, k, Q, Q)
+            put(add_product(M @ s.v, s.C_in, entering.mT), y, c)
+            if any(ctx.needs_input_grad):
+                states.append(entering)
+        ctx.save_for_backward(x, dt, a, B, C, starts, *states)
         ctx.Q = Q
         return y[:, :l], state.view(shape)
 
@@ -366,72 +409,38 @@ class FastScan(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx, dy, dstate):
-        x, dt, a, B, C, starts, *borders = ctx.saved_tensors
-        Q, (b, l, h, p), (g, n) = ctx.Q, x.shape, B.shape[2:]
-        padded = -(-l // Q) * Q
-        dx, dB, dC = (dt.new_empty(b, padded, *t.shape[2:]) for t in (x, B, C))
-        ddt, da = dt.new_empty(b, padded, h), dt.new_empty(b, padded, h)
+        x, dt, a, B, C, starts, *states = ctx.saved_tensors
+        Q, (b, l, h, p), n = ctx.Q, x.shape, B.shape[3]
+        dx, ddt, da, dB, dC = (dt.new_empty(b, -(-l // Q) * Q, *t.shape[2:]) for t in (x, dt, a, B, C))
+        small = Segment.small(dt, a, starts, Q)
         shape, dstate = dstate.shape, dstate.reshape(b * h, p * n)
-        for c, state in reversed(list(zip(segments(x, B, Q), borders))):
-            part = Part(x, dt, a, B, C, starts, c, Q)
+        for c, entering in reversed(list(zip(segments(x, B, Q), states))):
+            s = Segment(x, B, C, small, c, Q)
             dy_c = take(dy, c, Q).contiguous()                                  # (S, k, Q, p)
-            entering, _ = carry(part.decay, part.added(), state)                # (S, k, p n)
             # The gradient of the states runs against the states, through the same decays.
-            asked = (dy_c.mT @ part.C_in).flatten(2)
-            leaving, dstate = carry(part.decay.flip(1), asked.flip(1), dstate)
-            leaving = leaving.flip(1)                                           # (S, k, p n)
-            d_total = (entering * leaving).sum(2) * part.decay           # (S, k)
-            entering, leaving = entering.unflatten(2, (p, n)), leaving.unflatten(2, (p, n))
+            asked = (dy_c.mT @ s.C_in).flatten(2)                               # (S, k, p n)
+            leaving, dstate = carry(s.decay.flip(1), asked.flip(1), dstate)
+            leaving = leaving.flip(1).unflatten(2, (p, n))                      # (S, k, p, n)
+            d_decay = (entering * leaving).sum((2, 3)) * s.decay                # (S, k)
             # y = M v + C_in H^T with M = L o G and G = C B^T; the chunk adds v^T B_out to the state.
-            M = part.share(part.L) * part.G[:, None]                            # (N, r, k, Q, Q)
-            dv = add_product(M.flatten(0, 1).mT @ dy_c, part.B_out, leaving.mT)     # (S, k, Q, p)
-            dM = part.share((dy_c @ part.v.mT).mul_(part.L))                    # dM o L
-            dG = readable(dM.sum(1), part.starts)                               # (N, k, Q, Q)
-            dC_in = part.share(times(dy_c @ entering, part.into))               # (N, r, k, Q, n)
-            dB_out = part.share(times(part.v @ leaving, part.out))
-            put(dG @ part.B + dC_in.sum(1), dC, c)
-            put(dG.mT @ part.C + dB_out.sum(1), dB, c)
-            put(times(dv, part.dt), dx, c)
-            put((part.x * dv).sum(-1), ddt, c)
-            # The exponent of L_ij sums a over j+1..i, so dM_ij M_ij is a gradient for each of these a: rows minus
-            # columns, summed up. Those of `into` and `out` span the tokens up to i, and after j. The diagonal has
-            # exponent 0; it would cancel, but not without rounding.
-            dM = dM.mul_(readable(part.G, None, -1)[:, None]).flatten(0, 1)     # (S, k, Q, Q)
-            d_into = (dC_in * part.C[:, None]).sum(-1).flatten(0, 1)            # (S, k, Q)
-            d_out = (dB_out * part.B[:, None]).sum(-1).flatten(0, 1)
-            after = (dM.sum(-1) - dM.sum(-2) + d_into).flip(2).cumsum(2).flip(2)
-            before = F.pad(d_out.cumsum(2), (1, 0))[..., :-1]
-            put(after + before + d_total[..., None], da, c)
+            dM = s.share((dy_c @ s.v.mT).mul_(s.L))                             # dM o L: (N, r, k, Q, Q)
+            dG = s.readable(dM.sum(1))                                          # (N, k, Q, Q)
+            M = s.share(s.L).mul_(s.G[:, None]).flatten(0, 1)                   # (S, k, Q, Q)
+            dv = add_product(M.mT @ dy_c, s.B_out, leaving.mT)                  # (S, k, Q, p)
+            dC_in = s.share((dy_c @ entering).mul_(s.into[..., None]))          # (N, r, k, Q, n)
+            dB_out = s.share((s.v @ leaving).mul_(s.out[..., None]))
+            put(dG @ s.B + dC_in.sum(1), dC, c)
+            put(dG.mT @ s.C + dB_out.sum(1), dB, c)
+            # The exponent of L_ij sums a over j+1..i, so dM_ij M_ij is a gradient for each of these: rows minus
+            # columns, summed up. Those of `into` and `out` span the tokens up to i, and after j. The diagonal
+            # has exponent 0; it would cancel, but not without rounding.
+            dM = dM.mul_(s.readable(s.G, -1)[:, None]).flatten(0, 1)            # (S, k, Q, Q)
+            d_into = dC_in.mul_(s.C[:, None]).sum(-1).flatten(0, 1)             # (S, k, Q)
+            d_out = dB_out.mul_(s.B[:, None]).sum(-1).flatten(0, 1)
+            up_to = (dM.sum(-1) - dM.sum(-2) + d_into).flip(2).cumsum(2).flip(2)
+            after = F.pad(d_out.cumsum(2)[..., :-1], (1, 0))
+            put(up_to + after + d_decay[..., None], da, c)
+            put((s.x * dv).sum(-1), ddt, c)
+            put(dv.mul_(s.dt[..., None]), dx, c)
         dx, ddt, da, dB, dC = (t[:, :l] for t in (dx, ddt, da, dB, dC))
         return dx.to(x.dtype), ddt, da, dB, dC, dstate.view(shape), None, None
-
-
-class Part:
-    """What both passes make of the chunks c. `share` parts the heads by group: (S, ...) -> (N, r, ...)."""
-
-    def __init__(self, x, dt, a, B, C, starts, c, Q):
-        self.x, self.dt, self.B, self.C = (take(t, c, Q) for t in (x, dt, B, C))
-        self.starts = None if starts is None else take(starts[..., None].expand(a.shape), c, Q)
-        self.L, self.into = decays(take(a, c, Q) * math.log2(math.e))
-        self.out = self.L[:, :, -1]
-        if starts is not None:
-            passed = self.starts.cumsum(2)                                          # (S, k, Q)
-            self.into = self.into.masked_fill(passed > 0, 0)
-            self.out = self.out.masked_fill(passed < passed[:, :, -1:], 0)
-        self.decay = self.into[:, :, -1]                                        # (S, k)
-        self.v = times(self.x, self.dt)                                         # (S, k, Q, p)
-        self.G = readable(self.C @ self.B.mT, self.starts)                      # (N, k, Q, Q)
-        self.B_out = (self.B[:, None] * self.share(self.out)[..., None]).flatten(0, 1)      # (S, k, Q, n)
-        self.C_in = (self.C[:, None] * self.share(self.into)[..., None]).flatten(0, 1)      # (S, k, Q, n)
-
-    def share(self, t):
-        return t.unflatten(0, (self.B.shape[0], -1))
-
-    def added(self):
-        return (self.v.mT @ self.B_out).flatten(2)                              # (S, k, p n)
-
-
-def add_product(t, a, b):
-    """t + a @ b in place, for (S, k, ., .)."""
-    t.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
-    return t
