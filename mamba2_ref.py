@@ -35,7 +35,6 @@ INF = math.inf
 
 # --- What mamba-ssm adds around the scan, for all forms -------------------------------------------
 
-
 def with_options(form):
     """Give a form, of the final steps dt, a = dt A, and `starts` (b, l), True where a packed
     sequence begins, the arguments of mamba-ssm's scan."""
@@ -62,17 +61,16 @@ def with_options(form):
 
     ssd.__name__ = form.__name__
     ssd.__doc__ = form.__doc__ + """
-    Args:
-        x (b, l, h, p), dt (b, l, h), A (h), B and C (b, l, g, n), where g divides h.
-        chunk_size: tokens per chunk, any number; speed, not function. Two forms ignore it.
-        D (h) or (h, p): skip, y + D x. z (b, l, h, p): gate, y silu(z), after the skip.
-        dt_bias (h), dt_softplus, dt_limit: the step is clamp(softplus(dt + dt_bias), *dt_limit).
-        initial_states (b, h, p, n): the state before the first token.
-        seq_idx (b, l), integer: several sequences packed in one row; where the number changes, the
-            state is emptied. The initial state belongs to the first sequence.
+
+    x (b, l, h, p), dt (b, l, h), A (h), B and C (b, l, g, n), where g divides h.
+    chunk_size: tokens per chunk, at least 1. It changes the speed; two of the forms ignore it.
+    D (h) or (h, p): skip, y + D x. z (b, l, h, p): gate, y silu(z), after the skip.
+    dt_bias (h), dt_softplus, dt_limit: the step is clamp(softplus(dt + dt_bias), *dt_limit).
+    initial_states (b, h, p, n): the state before the first token.
+    seq_idx (b, l), integer: several sequences packed in one row; where the number changes, the
+        state is emptied. The initial state belongs to the first sequence.
     Returns y (b, l, h, p) in the dtype of x; with return_final_states also the last state
-        (b, h, p, n), in at least float32. Raises ValueError where a shape does not fit.
-    """
+    (b, h, p, n), in at least float32. Raises ValueError where a shape does not fit."""
     return ssd
 
 
@@ -82,8 +80,8 @@ def check(chunk_size, dt_limit, **tensors):
         raise ValueError("x must be (batch, length, nheads, headdim), B (batch, length, ngroups, "
                          f"d_state), ngroups divide nheads: got {tuple(x.shape)}, {tuple(B.shape)}")
     if chunk_size < 1 or not 0 <= dt_limit[0] <= dt_limit[1]:
-        raise ValueError("chunk_size must be at least 1, and dt_limit 0 <= low <= high: got "
-                         f"{chunk_size} and {dt_limit}")
+        raise ValueError("chunk_size must be at least 1, dt_limit 0 <= low <= high: "
+                         f"got {chunk_size}, {dt_limit}")
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     fits = {"x": (b, l, h, p), "dt": (b, l, h), "A": (h,), "B": (b, l, g, n), "C": (b, l, g, n),
             "D": (h,), "z": (b, l, h, p), "dt_bias": (h,), "initial_states": (b, h, p, n),
@@ -112,7 +110,6 @@ def skip_and_gate(y, x, D, z):
 
 # --- Form 1: the recurrence, the judge ------------------------------------------------------------
 
-
 @with_options
 def ssd_recurrent(x, dt, a, B, C, state, starts, chunk_size):
     """The recurrence, one token at a time: slow, obvious, in float64 the judge of all else."""
@@ -133,7 +130,6 @@ def per_head(x, dt, a, B, C, starts):
 
 
 # --- Form 2: the matrix, or why this is attention -------------------------------------------------
-
 
 def segment_sums(a):
     """(..., l) -> (..., l, l): a_{j+1} + ... + a_i for i >= j, and -inf above the diagonal.
@@ -168,7 +164,6 @@ def masked_matrix(v, a, B, C, state):
 
 # --- Form 3: chunks, or why this is linear --------------------------------------------------------
 
-
 @with_options
 def ssd_chunked_plain(x, dt, a, B, C, state, starts, chunk_size):
     """The matrix inside each chunk, the state from chunk to chunk: the twin of `ssd_chunked`."""
@@ -191,15 +186,12 @@ def ssd_chunked(x, dt, a, B, C, state, starts, chunk_size):
     return FastScan.apply(x, dt, a, B, C, state, starts, chunk_size)
 
 
-def pad(t, missing):
-    """Zeros after the last token: with dt = 0 a token changes nothing."""
-    return torch.cat([t, t.new_zeros(t.shape[0], missing, *t.shape[2:])], 1) if missing else t
-
-
 def take(t, c, Q):
-    """The chunks c of t: (b, l, h, ...) -> (b h, k, Q, ...)."""
+    """The chunks c of t: (b, l, h, ...) -> (b h, k, Q, ...). Zeros fill up."""
     t = t[:, c.start * Q : c.stop * Q]
-    t = pad(t, (c.stop - c.start) * Q - t.shape[1])
+    missing = (c.stop - c.start) * Q - t.shape[1]
+    if missing:
+        t = torch.cat([t, t.new_zeros(t.shape[0], missing, *t.shape[2:])], 1)
     return t.transpose(1, 2).flatten(0, 1).unflatten(1, (-1, Q))
 
 
@@ -224,7 +216,7 @@ def carry(decay, added, state):
         return state[:, None], added[:, 0] + decay * state
     K = min(k, GROUP)
     decay = F.pad(decay, (0, -k % K), value=1).unflatten(1, (-1, K))        # (S, m, K)
-    added = pad(added, -k % K).unflatten(1, (-1, K))                     # (S, m, K, s)
+    added = F.pad(added, (0, 0, 0, -k % K)).unflatten(1, (-1, K))           # (S, m, K, s)
     later = torch.ones(K, K, dtype=torch.bool, device=decay.device).tril(-1)
     W = torch.where(later, decay[..., None], 1).cumprod(2).tril()           # (S, m, K, K)
     W = F.threshold(W, 2**-100, 0)                                          # denormals are slow
@@ -358,7 +350,7 @@ def ssd_bidirectional(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=Non
 # --- Backends: whose scan runs --------------------------------------------------------------------
 
 BACKENDS = ("torch", "mamba_ssm", "auto")
-FOUND = {}                                      # "scan": mamba-ssm's, None if it cannot be had
+FOUND = {}                                      # "scan": mamba-ssm's or None; "why"; "said"
 
 
 def find_official():
@@ -377,39 +369,26 @@ def find_official():
 
 
 def choose_scan(backend, device, dtype=torch.float32):
-    """The function behind a backend, which is one of BACKENDS or the function itself."""
+    """The function behind a backend: a name of BACKENDS, or a function like mamba-ssm's itself."""
     if callable(backend) or backend == "torch":
         return ssd_chunked if backend == "torch" else backend
     if backend not in BACKENDS:
         raise ValueError(f"backend must be a function or one of {BACKENDS}, got {backend!r}")
     on_gpu = device.type == "cuda" and dtype != torch.float64       # the kernels know no float64
-    if not FOUND and (on_gpu or backend == "mamba_ssm"):
+    if "scan" not in FOUND and (on_gpu or backend == "mamba_ssm"):
         find_official()
     scan = FOUND.get("scan") if on_gpu else None
     if backend == "mamba_ssm" and not scan:
-        raise ValueError(f'backend "mamba_ssm" cannot run on {device} in {dtype}. It needs a GPU, triton '
-                         "and MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-build-isolation --no-deps "
-                         f"mamba-ssm. {FOUND['why']}")
+        raise ValueError(f'backend "mamba_ssm" cannot run on {device} in {dtype}. It needs a GPU, '
+                         "triton, and MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-build-isolation "
+                         f"--no-deps mamba-ssm. {FOUND['why']}")
     if backend == "auto" and "said" not in FOUND and not torch.compiler.is_compiling():
-        FOUND["said"] = print("scan on", device, "by", "mamba_ssm" if scan else "torch", file=sys.stderr)
+        FOUND["said"] = True
+        print("scan on", device, "by", "mamba_ssm" if scan else "torch", file=sys.stderr)
     return scan or ssd_chunked
 
 
 # --- The layers -----------------------------------------------------------------------------------
-
-
-class RMSNormGated(nn.Module):
-    """RMS norm of x silu(z) over each of `ngroups` parts of the width."""
-
-    def __init__(self, d, ngroups=1, eps=1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
-        self.ngroups, self.eps = ngroups, eps
-
-    def forward(self, x, z):
-        x = (x * F.silu(z)).unflatten(-1, (self.ngroups, -1))
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight
-
 
 class Mamba2(nn.Module):
     """The Mamba2 layer: u (b, l, d_model) -> (b, l, d_model), each output seeing the tokens so far.
@@ -417,6 +396,8 @@ class Mamba2(nn.Module):
     One projection makes z, x, B, C and dt. A short depthwise convolution lets x, B and C see their
     last d_conv tokens; then the scan, the gated norm, and the projection back. The parameters are
     those of `mamba_ssm.modules.mamba2.Mamba2`: a state_dict of the one loads into the other."""
+
+    share_ahead = 0                             # of the convolution's taps: they read later tokens
 
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1,
                  A_init_range=(1, 16), dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4,
@@ -431,7 +412,6 @@ class Mamba2(nn.Module):
         self.d_model, self.d_inner, self.d_state, self.d_conv = d_model, d_inner, d_state, d_conv
         self.headdim, self.ngroups, self.nheads = headdim, ngroups, d_inner // headdim
         self.dt_limit, self.chunk_size, self.backend = dt_limit, chunk_size, backend
-        self.taps_ahead = 0                     # of the convolution, which look at later tokens
         if backend != "auto":                   # a backend that is not there is an error at once
             choose_scan(backend, torch.device("cuda"))
         d_conv_in = d_inner + 2 * ngroups * d_state                         # x, B, C
@@ -439,12 +419,12 @@ class Mamba2(nn.Module):
         self.conv1d = nn.Conv1d(d_conv_in, d_conv_in, d_conv, groups=d_conv_in, padding=d_conv - 1,
                                 bias=conv_bias)
         # The inverse of softplus at steps drawn log-uniformly: short to long memories.
-        dt = torch.empty(self.nheads).uniform_(math.log(dt_min), math.log(dt_max)).exp()
-        dt = dt.clamp(min=dt_init_floor)
+        dt = torch.empty(self.nheads).uniform_(math.log(dt_min), math.log(dt_max))
+        dt = dt.exp().clamp(min=dt_init_floor)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*A_init_range).log())
         self.D = nn.Parameter(torch.ones(self.nheads))
-        self.norm = RMSNormGated(d_inner, ngroups)
+        self.norm = nn.RMSNorm(d_inner)
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
     def forward(self, u, seq_idx=None):
@@ -460,7 +440,9 @@ class Mamba2(nn.Module):
         y = self.mix(choose_scan(self.backend, u.device, u.dtype), x, dt, A, B, C, self.chunk_size,
                      D=self.D, dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit,
                      **options)
-        return self.out_proj(self.norm(y.flatten(2), z))
+        y = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.ngroups, -1))    # RMS norm per group
+        y = F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(-2) * self.norm.weight
+        return self.out_proj(y)
 
     def mix(self, scan, *arguments, **options):
         return scan(*arguments, **options)
@@ -468,9 +450,10 @@ class Mamba2(nn.Module):
     def convolve(self, x, seq_idx):
         """conv1d as d_conv shifted multiply-adds: several times faster on CPUs. x (b, l, d)."""
         l, k = x.shape[1], self.d_conv
-        padded = F.pad(x, (0, 0, k - 1 - self.taps_ahead, self.taps_ahead))
+        ahead = int(k * self.share_ahead)
+        padded = F.pad(x, (0, 0, k - 1 - ahead, ahead))
         weight = self.conv1d.weight[:, 0].mT.to(x.dtype)                    # (k, d)
-        out = torch.zeros_like(x) if self.conv1d.bias is None else self.conv1d.bias.to(x.dtype)
+        out = x.new_zeros(1) if self.conv1d.bias is None else self.conv1d.bias.to(x.dtype)
         for tap in range(k):
             shifted = padded[:, tap : tap + l]
             if seq_idx is not None and tap < k - 1:     # no tap reaches into another sequence
@@ -487,9 +470,7 @@ class BidirectionalMamba2(Mamba2):
     Mamba2 loads, and their outputs are added before the gated norm. The convolution looks to both
     sides: with d_conv = 4 at one token before, the token itself and two after."""
 
-    def __init__(self, d_model, *args, **kwargs):
-        super().__init__(d_model, *args, **kwargs)
-        self.taps_ahead = self.d_conv // 2
+    share_ahead = 0.5
 
     def mix(self, scan, *arguments, **options):
         return ssd_bidirectional(*arguments, scan=scan, **options)
