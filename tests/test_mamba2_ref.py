@@ -1,25 +1,51 @@
-"""The three forms of the scan against each other, the fast form against its plain twin, and the layers."""
+"""The three forms of the scan against each other, and the layers."""
+import copy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import mamba2_ref
-from mamba2_ref import (BidirectionalMamba2, Mamba2, choose_backend, ssd, ssd_bidirectional, ssd_chunked, ssd_chunked_plain,
-                        ssd_quadratic, ssd_recurrent)
+from mamba2_ref import (
+    BidirectionalMamba2,
+    Mamba2,
+    choose_scan,
+    ssd_bidirectional,
+    ssd_chunked,
+    ssd_chunked_plain,
+    ssd_quadratic,
+    ssd_recurrent,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-FORMS = {"quadratic": lambda chunk_size, **k: ssd_quadratic(**k), "plain": ssd_chunked_plain, "chunked": ssd_chunked}
+FORMS = [ssd_quadratic, ssd_chunked_plain, ssd_chunked]
 OPTIONS = ("D", "D2", "z", "dt_bias", "initial_states", "seq_idx", "dt_softplus", "dt_limit")
+LAYERS = [Mamba2, BidirectionalMamba2]
+
+
+@pytest.fixture
+def small_segments(monkeypatch):
+    """Several segments and several groups of chunks even at the sizes of a test."""
+    monkeypatch.setitem(mamba2_ref.SEGMENT, "cpu", 200)
+    monkeypatch.setattr(mamba2_ref, "GROUP", 2)
 
 
 def draw(l, options=(), b=2, h=4, p=3, g=2, n=5, dtype=torch.float64, seed=0):
+    """(tensors that get a gradient, the other arguments)."""
     make = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(*shape, generator=make, dtype=torch.float64).to(dtype).requires_grad_()
-    tensors = dict(x=randn(b, l, h, p), dt=(randn(b, l, h).detach().abs() * 0.5).requires_grad_(),
-                   A=(-randn(h).detach().abs() - 0.05).requires_grad_(), B=randn(b, l, g, n), C=randn(b, l, g, n))
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=make, dtype=torch.float64)
+    tensors = dict(x=randn(b, l, h, p), dt=randn(b, l, h).abs() / 2, A=-randn(h).abs() - 0.05,
+                   B=randn(b, l, g, n), C=randn(b, l, g, n))
     shapes = dict(D=(h,), D2=(h, p), z=(b, l, h, p), dt_bias=(h,), initial_states=(b, h, p, n))
-    tensors |= {name[:1] if name[0] == "D" else name: randn(*shape) for name, shape in shapes.items() if name in options}
+    for name, shape in shapes.items():
+        if name in options:
+            tensors[name.replace("2", "")] = randn(*shape)
     rest = {}
     if "seq_idx" in options:
         rest["seq_idx"] = (torch.rand(b, l, generator=make) < 0.2).long().cumsum(1)
@@ -27,259 +53,288 @@ def draw(l, options=(), b=2, h=4, p=3, g=2, n=5, dtype=torch.float64, seed=0):
         rest["dt_softplus"] = True
     if "dt_limit" in options:
         rest["dt_limit"] = (0.1, 0.8)
-    return tensors, rest
+    return {name: t.to(dtype).requires_grad_() for name, t in tensors.items()}, rest
 
 
-def run(form, tensors, rest, states=True):
-    """[y, final state] and the gradient of every tensor, for one fixed random loss."""
-    out = form(**tensors, **rest, **({"return_final_states": True} if states else {}))
-    out = list(out) if states else [out]
+def run(form, tensors, rest=None, **options):
+    """Outputs, and the gradient of every tensor, for one fixed random loss."""
+    out = form(**tensors, **(rest or {}), **options)
+    out = list(out) if isinstance(out, tuple) else [out]
     make = torch.Generator().manual_seed(1)
-    loss = sum((o.double() * torch.randn(o.shape, generator=make, dtype=torch.float64)).sum() for o in out)
+    loss = sum((o.double() * torch.randn(o.shape, generator=make).double()).sum() for o in out)
     names = ["y", "final_states"][: len(out)] + ["d" + name for name in tensors]
     return dict(zip(names, out + list(torch.autograd.grad(loss, list(tensors.values())))))
 
 
-def worst(got, wanted):
-    """RMS error over RMS of the reference, and largest error over largest entry: the worst tensor of all."""
-    errors = {}
-    for name, ref in wanted.items():
-        error, ref = (got[name] - ref).detach().double(), ref.detach().double()
+def check_equal(got, wanted, tolerance=1e-12):
+    """RMS error over RMS, and largest error over largest entry, of every tensor."""
+    for name, want in wanted.items():
+        error, want = (got[name] - want).detach().double(), want.detach().double()
         assert torch.isfinite(error).all(), name
-        errors[name] = max((error.square().mean() / ref.square().mean().clamp(min=1e-30)).sqrt().item(),
-                           (error.abs().max() / ref.abs().max().clamp(min=1e-15)).item())
-    return max(errors.items(), key=lambda item: item[1])
+        assert error.norm() <= tolerance * want.norm() + 1e-30, name
+        assert error.abs().max() <= tolerance * want.abs().max() + 1e-30, name
+
+
+def flipped_sum(x, dt, A, B, C, D=None, z=None, **options):
+    """What `ssd_bidirectional` must give."""
+    y = ssd_recurrent(x, dt, A, B, C, **options)
+    y = y + ssd_recurrent(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1), **options).flip(1)
+    y = y if D is None else y + D[:, None] * x
+    return y if z is None else y * F.silu(z)
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("l, Q", [(1, 4), (3, 4), (4, 4), (5, 4), (8, 4), (21, 8), (6, 64), (7, 1)])
-def test_forms_agree_over_lengths_and_chunks(form, l, Q, monkeypatch):
-    monkeypatch.setattr(mamba2_ref, "_SEGMENT", 200)                # several segments even at these sizes
+@pytest.mark.parametrize("l, Q", [(1, 4), (3, 4), (4, 4), (5, 4), (21, 8), (29, 4), (6, 64)])
+def test_forms_agree_over_lengths_and_chunk_sizes(form, l, Q, small_segments):
     tensors, rest = draw(l, OPTIONS)
-    name, error = worst(run(lambda **k: FORMS[form](chunk_size=Q, **k), tensors, rest), run(ssd_recurrent, tensors, rest))
-    assert error < 1e-12, name
+    got = run(form, tensors, rest, chunk_size=Q, return_final_states=True)
+    check_equal(got, run(ssd_recurrent, tensors, rest, return_final_states=True))
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("options", [()] + [(o,) for o in OPTIONS] + [("initial_states", "seq_idx"), ("dt_bias", "dt_softplus"), ("D", "z")])
+@pytest.mark.parametrize("options", [(), *[(o,) for o in OPTIONS], ("initial_states", "seq_idx")])
 @pytest.mark.parametrize("h, g", [(4, 1), (6, 3), (4, 4)])
 def test_forms_agree_over_options_and_groups(form, options, h, g):
     tensors, rest = draw(11, options, h=h, g=g)
-    name, error = worst(run(lambda **k: FORMS[form](chunk_size=4, **k), tensors, rest), run(ssd_recurrent, tensors, rest))
-    assert error < 1e-12, name
+    got = run(form, tensors, rest, chunk_size=4, return_final_states=True)
+    check_equal(got, run(ssd_recurrent, tensors, rest, return_final_states=True))
 
 
-@pytest.mark.parametrize("form", [*FORMS, "both"])
+@pytest.mark.parametrize("l, Q", [(1, 4), (4, 4), (21, 8), (6, 64)])
+@pytest.mark.parametrize("h, g", [(4, 1), (6, 3)])
+def test_bidirectional_is_the_sum_of_both_directions(l, Q, h, g, small_segments):
+    tensors, rest = draw(l, ("D", "z", "dt_bias", "dt_softplus", "dt_limit"), h=h, g=g)
+    got = run(ssd_bidirectional, tensors, rest, chunk_size=Q)
+    check_equal(got, run(flipped_sum, tensors, rest))
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_state_may_also_grow(form):
     """A is negative in every Mamba2, but nothing in the mathematics asks for it."""
-    tensors, rest = draw(11)
+    tensors, _ = draw(11)
     with torch.no_grad():
         tensors["A"][::2] *= -1
-    scan, wanted = FORMS.get(form, ssd_bidirectional), ssd_recurrent
-    if form == "both":
-        wanted = lambda x, dt, A, B, C: (ssd_recurrent(x, dt, A, B, C)
-                                         + ssd_recurrent(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1)).flip(1))
-    name, error = worst(run(lambda **k: scan(chunk_size=4, **k), tensors, rest, states=form != "both"),
-                        run(wanted, tensors, rest, states=form != "both"))
-    assert error < 1e-12, name
+    check_equal(run(form, tensors, chunk_size=4), run(ssd_recurrent, tensors))
 
 
-@pytest.mark.parametrize("both", [False, True])
-def test_gradcheck(both):
+@pytest.mark.parametrize("form", [ssd_chunked, ssd_bidirectional])
+def test_gradients_are_those_of_finite_differences(form):
     tensors, _ = draw(7, b=1, h=2, g=1, p=2, n=2)
-    form = ssd_bidirectional if both else ssd_chunked
-    assert torch.autograd.gradcheck(lambda *args: form(*args, chunk_size=3), list(tensors.values()))
-
-
-@pytest.mark.parametrize("l, Q", [(1, 4), (4, 4), (9, 4), (21, 8), (6, 64)])
-@pytest.mark.parametrize("h, g", [(4, 1), (6, 3)])
-def test_bidirectional_is_the_sum_of_both_directions(l, Q, h, g, monkeypatch):
-    monkeypatch.setattr(mamba2_ref, "_SEGMENT", 200)
-    tensors, rest = draw(l, ("D", "z", "dt_bias", "dt_softplus", "dt_limit"), h=h, g=g)
-
-    def two_scans(x, dt, A, B, C, D, z, **k):
-        y = ssd_recurrent(x, dt, A, B, C, **k) + ssd_recurrent(x.flip(1), dt.flip(1), A, B.flip(1), C.flip(1), **k).flip(1)
-        return (y + D[:, None] * x) * torch.nn.functional.silu(z)
-    name, error = worst(run(lambda **k: ssd_bidirectional(chunk_size=Q, **k), tensors, rest, states=False),
-                        run(two_scans, tensors, rest, states=False))
-    assert error < 1e-12, name
+    assert torch.autograd.gradcheck(lambda *t: form(*t, chunk_size=3), list(tensors.values()))
 
 
 def test_packed_sequences_are_sequences_of_their_own():
-    tensors, _ = draw(17, ("initial_states",), b=1)
-    t = {name: v.detach() for name, v in tensors.items()}
-    seq_idx = torch.tensor([[0] * 3 + [1] * 5 + [7] * 9])           # a border inside a chunk, and one on its edge
-    packed = ssd_chunked(**t, seq_idx=seq_idx, chunk_size=4)
-    start = 0
-    for length in (3, 5, 9):
-        cut = {name: v[:, start : start + length] if name in ("x", "dt", "B", "C") else v for name, v in t.items()}
-        if start:
-            del cut["initial_states"]
-        torch.testing.assert_close(packed[:, start : start + length], ssd_recurrent(**cut), rtol=1e-12, atol=1e-12)
-        start += length
+    tensors, _ = draw(17, b=1, dtype=torch.float32)
+    seq_idx = torch.tensor([[0] * 3 + [1] * 5 + [7] * 9])
+    packed = ssd_chunked(**tensors, seq_idx=seq_idx, chunk_size=4)
+    for s in (slice(0, 3), slice(3, 8), slice(8, 17)):      # a border in a chunk, one at its edge
+        cut = {name: t if name == "A" else t[:, s] for name, t in tensors.items()}
+        torch.testing.assert_close(packed[:, s], ssd_recurrent(**cut))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_halves_of_a_sequence_join_through_the_state(form):
     tensors, _ = draw(13)
-    t = {name: v.detach() for name, v in tensors.items()}
-    cut = lambda s: {name: v if name == "A" else v[:, s] for name, v in t.items()}
-    whole, end = FORMS[form](chunk_size=4, **t, return_final_states=True)
-    first, state = FORMS[form](chunk_size=4, **cut(slice(0, 6)), return_final_states=True)
-    second, state = FORMS[form](chunk_size=4, **cut(slice(6, 13)), initial_states=state, return_final_states=True)
-    torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-12, atol=1e-12)
+    first, second = ({name: t if name == "A" else t[:, s] for name, t in tensors.items()}
+                     for s in (slice(0, 6), slice(6, 13)))
+    whole, end = form(**tensors, chunk_size=4, return_final_states=True)
+    y, state = form(**first, chunk_size=4, return_final_states=True)
+    z, state = form(**second, chunk_size=4, initial_states=state, return_final_states=True)
+    torch.testing.assert_close(torch.cat([y, z], 1), whole, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(state, end, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_rounds_only_at_the_end(dtype):
-    tensors, rest = draw(200, ("D", "z", "initial_states"), dtype=dtype)
-    y, state = ssd_chunked(**tensors, **rest, return_final_states=True)
-    assert y.dtype == dtype and state.dtype == torch.float32
-    exact, exact_state = ssd_recurrent(**{name: v.double() for name, v in tensors.items()}, **rest, return_final_states=True)
-    eps = torch.finfo(dtype).eps
-    rms = lambda a, b: ((a.double() - b).square().mean() / b.square().mean()).sqrt().item()
-    assert rms(y, exact) < (0.5 * eps if dtype != torch.float32 else 20 * eps)
-    assert rms(state, exact_state) < 1e-5                           # sums and states stay in float32
-    for name, grad in zip(tensors, torch.autograd.grad(y.float().sum() + state.sum(), tensors.values())):
-        assert grad.dtype == dtype and torch.isfinite(grad).all(), name
+def test_half_precision_rounds_only_at_the_end(dtype):
+    tensors, _ = draw(200, ("D", "z", "initial_states"), dtype=dtype)
+    got = run(ssd_chunked, tensors, return_final_states=True)
+    assert got["y"].dtype == got["dx"].dtype == dtype and got["final_states"].dtype == torch.float32
+    double = {name: t.detach().double() for name, t in tensors.items()}
+    y, state = ssd_recurrent(**double, return_final_states=True)
+    check_equal({"state": got["final_states"]}, {"state": state}, 1e-5)     # kept in float32
+    check_equal({"y": got["y"]}, {"y": y}, max(torch.finfo(dtype).eps, 1e-5))
+    assert all(torch.isfinite(value).all() for value in got.values())
 
 
-@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("form", [ssd_chunked, ssd_bidirectional])
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e3, 1e30])
-def test_any_decay_gives_finite_values_and_gradients(size, both):
+def test_any_decay_gives_finite_values_and_gradients(size, form):
     tensors, _ = draw(40, dtype=torch.float32)
     tensors["dt"] = (tensors["dt"].detach() * size).requires_grad_()
-    out = run(lambda **k: (ssd_bidirectional if both else ssd_chunked)(chunk_size=8, **k), tensors, {}, states=False)
-    for name, value in out.items():
-        assert torch.isfinite(value).all(), name
+    assert all(torch.isfinite(v).all() for v in run(form, tensors, chunk_size=8).values())
 
 
-def test_autocast_leaves_the_sums_in_float32():
-    tensors, rest = draw(64, dtype=torch.float32)
+def test_autocast_leaves_the_sums_in_float32_in_both_passes():
+    tensors, _ = draw(64, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = ssd_chunked(**tensors, **rest)
-        gradients = torch.autograd.grad(inside.sum(), list(tensors.values()))           # backward inside autocast, too
-    outside = ssd_chunked(**tensors, **rest)
-    torch.testing.assert_close(inside, outside)
-    torch.testing.assert_close(gradients, torch.autograd.grad(outside.sum(), list(tensors.values())))
+        inside = run(ssd_chunked, tensors)
+    assert all(torch.equal(inside[name], t) for name, t in run(ssd_chunked, tensors).items())
 
 
-def test_memory_and_time_are_linear_in_the_length():
-    """Counted, not timed: products per token do not grow with the length."""
+def test_work_is_linear_and_operations_grow_with_the_logarithm(monkeypatch):
+    """Counted, not timed, and as on a GPU: a segment takes all chunks."""
+    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
-    flops = {}
-    for l in (512, 4096):
-        t = {name: v.detach() for name, v in draw(l, b=1)[0].items()}
-        with FlopCounterMode(display=False) as counter:
-            ssd_chunked(**t)
-        flops[l] = counter.get_total_flops()
-    assert flops[512] > 0 and flops[4096] == 8 * flops[512]
+
+    class Count(TorchDispatchMode):
+        launches = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.launches += not func.is_view
+            return func(*args, **(kwargs or {}))
+    monkeypatch.setitem(mamba2_ref.SEGMENT, "cpu", 2**40)
+    flops, launches = [], []
+    for l in (2**10, 2**15):
+        tensors, _ = draw(l, b=1, dtype=torch.float32)
+        with FlopCounterMode(display=False) as counter, Count() as count:
+            ssd_chunked(**tensors)
+        flops.append(counter.get_total_flops())
+        launches.append(count.launches)
+    assert 30 < flops[1] / flops[0] < 34
+    assert launches[0] < 70 and launches[1] - launches[0] < 25
 
 
-def test_inputs_are_left_alone_and_strides_do_not_matter():
-    tensors, rest = draw(10, ("D", "z", "initial_states"))
-    before = {name: v.detach().clone() for name, v in tensors.items()}
-    wanted = ssd_chunked(**tensors, **rest, chunk_size=4)
-    odd = {name: torch.stack([v.detach(), v.detach()], -1)[..., 0] for name, v in tensors.items()}
-    torch.testing.assert_close(ssd_chunked(**odd, chunk_size=4), wanted.detach(), rtol=1e-13, atol=1e-13)
-    assert all(torch.equal(tensors[name], before[name]) for name in tensors)
+@pytest.mark.parametrize("form", [ssd_chunked, ssd_bidirectional])
+def test_inputs_are_left_alone_and_strides_do_not_matter(form):
+    tensors, _ = draw(10, ("D", "z"))
+    before = {name: t.detach().clone() for name, t in tensors.items()}
+    wanted = form(**tensors, chunk_size=4)
+    odd = {name: torch.stack([t, t], -1)[..., 0] for name, t in tensors.items()}
+    torch.testing.assert_close(form(**odd, chunk_size=4), wanted, rtol=1e-13, atol=1e-13)
+    assert all(torch.equal(tensors[name], t) for name, t in before.items())
 
 
 # --- The layers ---
 
 
-def test_causal_layer_sees_only_the_past_and_bidirectional_sees_all():
+def layer_and_tokens(layer, dtype=torch.float32, **options):
     torch.manual_seed(0)
-    u = torch.randn(1, 9, 16, dtype=torch.float64, requires_grad=True)
-    causal, both = (make(16, d_state=4, headdim=8).double() for make in (Mamba2, BidirectionalMamba2))
-    for t in range(9):
-        reach = torch.autograd.grad(causal(u)[0, t].sum(), u)[0][0].abs().sum(-1) > 0
-        assert reach.tolist() == [s <= t for s in range(9)]
-        assert (torch.autograd.grad(both(u)[0, t].sum(), u)[0][0].abs().sum(-1) > 0).all()
+    u = torch.randn(2, 21, 16, dtype=dtype, requires_grad=True)
+    return layer(16, d_state=4, headdim=8, chunk_size=4, **options).to(dtype), u
 
 
-def test_state_dict_passes_between_one_direction_and_both():
-    one, both = Mamba2(16, d_state=4, headdim=8, ngroups=2), BidirectionalMamba2(16, d_state=4, headdim=8, ngroups=2)
+def test_a_causal_layer_sees_only_the_past_and_a_bidirectional_one_all():
+    for cls in LAYERS:
+        layer, u = layer_and_tokens(cls, torch.float64)
+        for t in (0, 9, 20):
+            seen = torch.autograd.grad(layer(u)[0, t].sum(), u)[0][0].abs().sum(-1) > 0
+            assert seen.tolist() == [cls is BidirectionalMamba2 or s <= t for s in range(21)]
+
+
+def test_both_layers_have_the_parameters_of_mamba_ssm():
+    one, both = (cls(16, d_state=4, headdim=8, ngroups=2) for cls in LAYERS)
     both.load_state_dict(one.state_dict())
-    assert list(one.state_dict()) == ["dt_bias", "A_log", "D", "in_proj.weight", "conv1d.weight", "conv1d.bias", "norm.weight", "out_proj.weight"]
+    assert list(one.state_dict()) == ["dt_bias", "A_log", "D", "in_proj.weight", "conv1d.weight",
+                                      "conv1d.bias", "norm.weight", "out_proj.weight"]
+    dt = F.softplus(Mamba2(512, headdim=4, d_state=4).dt_bias)
+    assert 0.001 <= dt.min() < 0.002 and 0.08 < dt.max() <= 0.1001
 
 
 def test_shifted_multiply_adds_are_conv1d():
-    torch.manual_seed(0)
-    layer = Mamba2(16, d_state=4, headdim=8)
-    x = torch.randn(2, 11, layer.conv1d.weight.shape[0])
-    torch.testing.assert_close(layer._convolve(x, None), layer.conv1d(x.mT)[..., :11].mT)
+    for bias in (True, False):
+        layer, _ = layer_and_tokens(Mamba2, conv_bias=bias)
+        x = torch.randn(2, 11, layer.conv1d.weight.shape[0])
+        torch.testing.assert_close(layer.convolve(x, None), layer.conv1d(x.mT)[..., :11].mT)
 
 
-def test_layer_keeps_packed_sequences_apart():
-    torch.manual_seed(0)
-    layer, u = Mamba2(16, d_state=4, headdim=8), torch.randn(2, 11, 16)
-    packed = layer(u, seq_idx=torch.tensor([[0] * 6 + [1] * 5] * 2))
+def test_a_layer_keeps_packed_sequences_apart():
+    layer, u = layer_and_tokens(Mamba2)
+    packed = layer(u, seq_idx=torch.tensor([[0] * 6 + [1] * 15] * 2))
     torch.testing.assert_close(packed, torch.cat([layer(u[:, :6]), layer(u[:, 6:])], 1))
 
 
-def test_initial_steps_and_decays_lie_where_mamba2_puts_them():
-    torch.manual_seed(0)
-    layer = Mamba2(512, headdim=4, d_state=4)
-    dt = torch.nn.functional.softplus(layer.dt_bias)
-    assert 0.001 <= dt.min() < 0.002 and 0.08 < dt.max() <= 0.1001
-    assert 1 <= layer.A_log.exp().min() < 1.5 and 15 < layer.A_log.exp().max() <= 16.001
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+
+
+@pytest.mark.parametrize("cls, compiler", [
+    (Mamba2, "aot_eager"), (BidirectionalMamba2, "aot_eager"),
+    pytest.param(BidirectionalMamba2, "inductor", marks=COMPILER)])
+def test_a_compiled_layer_equals_eager_forward_and_backward(cls, compiler):
+    layer, u = layer_and_tokens(cls)
+    tensors = [u, *layer.parameters()]
+    results = []
+    for call in (layer, torch.compile(layer, backend=compiler, fullgraph=True)):
+        y = call(u)
+        results.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_export_and_deepcopy_leave_the_layer_as_it_was(cls):
+    layer, u = layer_and_tokens(cls)
+    wanted = layer(u)
+    exported = torch.export.export(layer, (u.detach(),)).module()
+    for call in (exported, copy.deepcopy(layer), layer):
+        torch.testing.assert_close(call(u), wanted)
 
 
 # --- Backends and errors ---
 
 
-def test_backends(capsys):
-    assert choose_backend("torch", "cpu") == "torch" and choose_backend("auto", "cpu") == "torch"
-    with pytest.raises(RuntimeError, match="pip install|CUDA GPU"):
-        choose_backend("mamba_ssm", "cpu")
-    with pytest.raises(ValueError, match="triton"):
-        choose_backend("triton", "cpu")
+def test_auto_says_once_what_it_takes(capsys, monkeypatch):
+    monkeypatch.setattr(mamba2_ref, "FOUND", {})
+    for _ in range(2):
+        assert choose_scan("auto", torch.device("cpu")) is ssd_chunked
+    assert capsys.readouterr().err.count("scan on cpu by torch") == 1
 
 
-def test_official_backend_is_called_with_both_directions(monkeypatch):
-    """Our own scan in the place of mamba-ssm's: what the backend does around the kernel is right."""
-    def kernel(*args, **options):
-        assert args[0].dtype == torch.float32                       # Triton's kernels know no float64
-        return ssd_chunked(*args, **options)
-    monkeypatch.setattr(mamba2_ref, "_official_scan", lambda: (kernel, ""))
-    monkeypatch.setattr(mamba2_ref, "choose_backend", lambda backend, device: "mamba_ssm" if backend == "auto" else backend)
-    tensors, rest = draw(11, ("D", "z", "dt_bias", "dt_softplus"), dtype=torch.float32)
-    t = {name: v.detach() for name, v in tensors.items()}
-    torch.testing.assert_close(ssd(**t, **rest, chunk_size=4, both=True), ssd_bidirectional(**t, **rest, chunk_size=4))
-    torch.testing.assert_close(ssd(**t, **rest, chunk_size=4), ssd_chunked(**t, **rest, chunk_size=4))
-    with pytest.raises(TypeError, match="seq_idx"):
-        ssd(**t, both=True, seq_idx=torch.zeros(2, 11, dtype=torch.long))
+def test_a_backend_that_is_not_there_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(mamba2_ref, "FOUND", {"scan": None, "why": "ImportError: triton"})
+    with pytest.raises(ValueError, match="pip install.*triton"):
+        Mamba2(16, headdim=8, backend="mamba_ssm")
+    with pytest.raises(ValueError, match="jax"):
+        Mamba2(16, headdim=8, backend="jax")
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(x=torch.zeros(2, 3)), "x must be"), (dict(x=3), "x must be"), (dict(x=torch.zeros(2, 0, 4, 3)), "empty"),
-    (dict(dt=torch.zeros(2, 5, 3)), "dt must have shape"), (dict(A=torch.zeros(3)), "A must have"), (dict(B=torch.zeros(2, 5, 3, 5)), "ngroups"),
-    (dict(C=torch.zeros(2, 5, 2, 4)), "C must have"), (dict(D=torch.zeros(3)), "D must have"), (dict(z=torch.zeros(1)), "z must have"),
-    (dict(dt_bias=torch.zeros(1)), "dt_bias must have"), (dict(initial_states=torch.zeros(2, 4, 5, 3)), "initial_states must"),
-    (dict(seq_idx=torch.zeros(2, 5)), "integer"), (dict(dt=torch.zeros(2, 5, 4, dtype=torch.long)), "floating"),
-    (dict(dt_limit=(1.0, 0.5)), "dt_limit"), (dict(dt_limit=(-1.0, 0.5)), "dt_limit"), (dict(A=None), "A must have"),
-    (dict(B=torch.zeros(2, 5, 2, 5, device="meta")), "move them"),
-])
-@pytest.mark.parametrize("form", [ssd_recurrent, ssd_quadratic, ssd_chunked, ssd_chunked_plain])
-def test_what_does_not_fit_is_named(form, change, message):
-    good = {name: v.detach().float() for name, v in draw(5)[0].items()}
-    with pytest.raises(ValueError, match=message):
-        form(**{**good, **change})
+@pytest.mark.parametrize("cls", LAYERS)
+def test_a_kernel_of_ones_own_runs_inside_the_layer(cls):
+    calls = []
+
+    def kernel(x, dt, A, B, C, chunk_size, **options):
+        calls.append(x.shape[0])
+        return ssd_recurrent(x, dt, A, B, C, chunk_size, **options)
+    (own, u), (torch_, _) = layer_and_tokens(cls, backend=kernel), layer_and_tokens(cls)
+    torch.testing.assert_close(own(u), torch_(u))
+    assert calls == [2 if cls is Mamba2 else 4]
 
 
-@pytest.mark.parametrize("chunk_size", [0, -1, 2.5, True, "32"])
-def test_chunk_size_is_checked(chunk_size):
-    good = {name: v.detach() for name, v in draw(5)[0].items()}
-    for form in (ssd_chunked, ssd_chunked_plain, ssd_bidirectional):
-        with pytest.raises(ValueError, match="chunk_size"):
-            form(**good, chunk_size=chunk_size)
+def test_the_official_scan_replaces_ours_on_a_gpu_only(monkeypatch):
+    monkeypatch.setattr(mamba2_ref, "FOUND", {"scan": ssd_recurrent, "why": ""})
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert choose_scan("auto", gpu) is choose_scan("mamba_ssm", gpu) is ssd_recurrent
+    assert choose_scan("auto", cpu) is choose_scan("auto", gpu, torch.float64) is ssd_chunked
 
 
-def test_layers_check_their_sizes():
-    for wrong, message in ((dict(d_model=10, headdim=8), "multiple of headdim"), (dict(d_model=16, headdim=8, ngroups=3), "ngroups")):
-        with pytest.raises(ValueError, match=message):
-            Mamba2(**wrong)
-    with pytest.raises(ValueError, match="d_model=16"):
+@pytest.mark.parametrize("change", [
+    dict(x=(2, 3)), dict(x=(2, 0, 4, 3)), dict(dt=(2, 5, 3)), dict(A=(3,)), dict(B=(2, 5, 3, 5)),
+    dict(C=(2, 5, 2, 4)), dict(D=(3,)), dict(z=(1,)), dict(dt_bias=(1,)), dict(seq_idx=(5,)),
+    dict(initial_states=(2, 4, 5, 3))])
+@pytest.mark.parametrize("form", [ssd_recurrent, *FORMS])
+def test_wrong_shapes_raise(form, change):
+    good = {name: t.detach() for name, t in draw(5)[0].items()}
+    (name, shape), = change.items()
+    with pytest.raises(ValueError, match="ngroups" if name == "B" else name):
+        form(**good | {name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize("option", [dict(chunk_size=0), dict(dt_limit=(1.0, 0.5)),
+                                    dict(dt_limit=(-1.0, 0.5)), dict(dt_limit=(0.0, float("nan")))])
+def test_wrong_options_raise(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        ssd_chunked(**draw(5)[0], **option)
+
+
+def test_layers_with_wrong_sizes_raise():
+    for sizes in (dict(d_model=10, headdim=8), dict(d_model=16, headdim=8, ngroups=3),
+                  dict(d_model=16, headdim=0), dict(d_model=16, headdim=8, chunk_size=0)):
+        with pytest.raises(ValueError, match="must"):
+            Mamba2(**sizes)
+    with pytest.raises(ValueError, match="16"):
         BidirectionalMamba2(16, headdim=8)(torch.zeros(1, 3, 15))
+
+
+def test_the_demonstration_shows_that_the_forms_agree():
+    command = [sys.executable, "mamba2_ref.py"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    errors = [float(line.split()[-1]) for line in lines.splitlines()[1:]]
+    assert len(errors) == 8 and max(errors) < 1e-6
