@@ -99,7 +99,7 @@ PRESETS = {
     # For one consumer GPU.
     "small": dict(LATENT, text_dim=1024, d_model=768, depth=16, nheads=12, d_state=64),
     # The size of the paper's model. Its widths are not published; these give 4 billion parameters.
-    "4b": dict(LATENT, text_dim=4096, d_model=2304, depth=28, nheads=18, d_state=128),
+    "4b": dict(LATENT, text_dim=4096, d_model=2304, depth=27, nheads=18, d_state=128),
 }
 
 
@@ -120,9 +120,9 @@ def review_tokens(grid, pool):
     A block cut by the edge of the grid is averaged over the tokens it has.
     """
     pool = [min(size, p) for size, p in zip(grid.shape[1:4], pool, strict=True)]
-    channels_first = grid.permute(0, 4, 1, 2, 3)
-    pooled = F.avg_pool3d(channels_first, pool, ceil_mode=True, count_include_pad=False)
-    return pooled.permute(0, 2, 3, 4, 1)
+    dtype = torch.promote_types(grid.dtype, torch.float32)  # CPUs pool no bfloat16
+    pooled = F.avg_pool3d(grid.permute(0, 4, 1, 2, 3).to(dtype), pool, ceil_mode=True)
+    return pooled.permute(0, 2, 3, 4, 1).to(grid.dtype)
 
 
 class MATE(nn.Module):

@@ -92,7 +92,7 @@ def rotary(shape, e, dtype, device=None, longest=16):
     """
     dtype = torch.promote_types(dtype, torch.float32)  # a rounded place would be another place
     pair = torch.arange(e // 2, device=device)
-    frequency = math.pi * (longest / 2) ** -((pair // 3 + 0.5) / math.ceil(e / 6)).to(dtype)
+    frequency = math.pi * (longest / 2) ** -(((pair // 3).to(dtype) + 0.5) / math.ceil(e / 6))
     place = torch.cartesian_prod(*(torch.arange(size, device=device) for size in shape))  # (m, 3)
     angles = place[:, pair % 3] * frequency  # (m, e // 2)
     return angles.cos(), angles.sin()

@@ -242,6 +242,7 @@ class Run:
 
 
 def write_checkpoint(path, state):
+    """Save a dict of tensors and numbers in one move."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     sampler.replace_file(path, buffer.getvalue())
