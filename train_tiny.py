@@ -4,16 +4,15 @@
     python train_tiny.py --set tesa=False --out runs/no-tesa.pt   the same with a part taken out
     python train_tiny.py --evaluate runs/tiny.pt                  judges the clips of a checkpoint
 
-1. The recipe.  Flow matching; pictures first, then longer and longer clips (progressive training),
-                always with some pictures among them (hybrid training).
-2. A step.      Loss, gradients, Muon and AdamW, and a running mean of the weights (EMA).
-3. The loop.    Checkpoints that no kill can tear, exact resume, pictures while it trains.
+Pictures come first, then longer and longer clips (progressive training), always with some pictures
+among them (hybrid training). The loss is that of flow matching.
 
 b clips; t (b,) the time of the flow: 0 noise, 1 data. Clips are (b, 3, frames, height, width).
 """
 
 import argparse
 import ast
+import collections
 import dataclasses
 import io
 import math
@@ -32,18 +31,9 @@ from tqdm import tqdm
 import lingen
 from toy import judge, preview, shapes
 
-# ---------------------------------------------------------------- 1. the recipe
+# ---------------------------------------------------------------- the recipe
 
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A share of all steps, on `batch` clips of `frames` frames a step."""
-
-    frames: int
-    batch: int
-    share: float
-
-
+Stage = collections.namedtuple("Stage", "frames batch share")  # frames of a clip, share of steps
 # Each stage starts from the last. Batches shrink as clips grow: a step costs about the same.
 STAGES = (Stage(1, 112, 0.1), Stage(4, 84, 0.1), Stage(16, 28, 0.8))
 PICTURES_EVERY = 8  # hybrid training: every eighth step is on pictures
@@ -107,7 +97,7 @@ def flow_matching_loss(model, clips, text, t, noise):
     return velocity_error(out, clips, t, noise, config.predicts)
 
 
-# ---------------------------------------------------------------- 2. a step
+# ---------------------------------------------------------------- a step
 
 
 class Run:
@@ -169,17 +159,15 @@ class Run:
 
     def first_bad_module(self, clips, text, t):
         """The first module, in the order of the computation, whose output is not finite."""
-        bad = []
-        for name, module in self.model.named_modules():
+        bad = ["the gradient"]  # unless the forward pass goes wrong
 
-            def look(module, inputs, out, name=name):
-                if not out.isfinite().all():
-                    bad.append(name or "the output")
+        def look(module, inputs, out):
+            if not out.isfinite().all() and bad == ["the gradient"]:
+                bad[0] = next(name for name, m in self.model.named_modules() if m is module)
 
-            module.register_forward_hook(look)
-        with torch.no_grad():
+        with torch.no_grad(), nn.modules.module.register_module_forward_hook(look):
             self.model(clips, t, text)
-        return bad[0] if bad else "the gradient"
+        return bad[0] or "the output"
 
     def state(self):
         """A checkpoint: what sample.py needs, and under "training" what a resume needs."""
@@ -223,8 +211,6 @@ class Run:
 
     def save(self, out, variant):
         """Write the checkpoint, and beside it eight sampled clips and the loss curve."""
-        if self.rank:
-            return
         write_checkpoint(out, self.state())
         model = lingen.LinGen(self.model.config).to(self.device).eval()
         model.load_state_dict(self.average)
@@ -238,7 +224,7 @@ class Run:
         sampler.replace_file(out.with_suffix(".png"), preview.loss_curve(self.losses, title))
 
 
-# ---------------------------------------------------------------- 3. the loop
+# ---------------------------------------------------------------- the loop
 
 
 def write_checkpoint(path, state):
@@ -287,10 +273,9 @@ def train(args):
         asked.append(number)
 
     def stopping():
-        if world == 1:
-            return bool(asked)
         flag = torch.tensor(float(len(asked)), device=device)
-        distributed.all_reduce(flag)  # all processes stop at the same step
+        if world > 1:
+            distributed.all_reduce(flag)  # all processes stop at the same step
         return flag.item() > 0
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -303,13 +288,13 @@ def train(args):
         bar.update()
         if bar.disable and run.rank == 0 and run.step % 100 == 0:  # no terminal
             print(f"step {run.step} of {args.steps}, loss {loss:.3f}", flush=True)
-        if time.monotonic() - saved > args.save_every:
+        if time.monotonic() - saved > args.save_every and run.rank == 0:
             run.save(out, variant)
             saved = time.monotonic()
     bar.close()
-    run.save(out, variant)
     if run.rank:
         return 0
+    run.save(out, variant)
     if asked:
         print(f"stopped at step {run.step} of {args.steps}; go on with --resume", file=sys.stderr)
         return 130

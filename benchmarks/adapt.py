@@ -1,115 +1,84 @@
-"""Claim: LinGen adapts faster to longer clips than the DiT (LinGen fig. 10). Loss and accuracy over the steps after the move.
+"""Claim: LinGen adapts faster to longer clips than the DiT (fig. 10).
 
-    python benchmarks/adapt.py                                              16 frames, then 64; three seeds each: over an hour of one core
-    python benchmarks/adapt.py --steps 100 --seeds 1 --out runs/adapt --plot runs/adapt.png       for a class: minutes
+    python benchmarks/adapt.py                               three seeds of each: hours on two cores
+    python benchmarks/adapt.py --steps 100 --seeds 1         for a class
 
-All learn clips of --frames by train_tiny's own loop, pictures first, and then clips four times as long, at a steady learning
-rate. Before the move and every few steps after it: the loss on long clips of held-out combinations, and at the start, in the middle
-and at the end the share of their seconds that move as told. Both are measured on the average of the weights (its memory is a tenth
-of the steps). All have position tables made for the short clips and stretched for the long ones, as the paper's have; the tiny
-preset has none, and would have nothing to adapt. LinGen's TESA has the toy's drift besides, which the paper does not have:
-"without drift" leaves it out, so that from there to the DiT only the mixer differs. Each run is a process of its own with one
-thread; runs that stand in the CSV are not made again.
+Both learn clips of 16 frames, and then clips of 64. From the move on, the loss on 64 frames of
+held-out combinations is measured every few steps, on the mean of the weights. Both have a position
+table along time, made for 16 frames and stretched to 64, as the paper's models have.
 """
-import argparse
+
 import statistics
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-import sample  # noqa: E402
-import train_tiny  # noqa: E402
-from benchmarks import ablations, common, judge  # noqa: E402
-from lingen import preset  # noqa: E402
+import train_tiny
+from benchmarks import ablations, common
 
-MODELS = {"LinGen": {}, "without drift": dict(travel=False), "DiT": dict(mixer="attention")}
+MODELS = {"LinGen": {}, "DiT": dict(mixer="attention")}
+SHORT, LONG = 16, 64
 
 
-def moves_as_told(model, captions, frames, seed):
-    """Sampled clips of held-out combinations, judged second by second: the share that moves as its caption says."""
-    _, texts, _ = train_tiny.make_batch(captions, 2, torch.Generator().manual_seed(30_000_001 + seed), held_out_only=True, speeds=True)
-    right = []
-    for clips, said in judge.clips_for(model, texts, frames, sample.steps_for(train_tiny.SAMPLING) | {"period": 0, "views": 1}, seed):
-        seconds = clips.unflatten(2, (-1, 16)).transpose(1, 2).flatten(0, 1)               # (n frames / 16, 3, 16, h, w)
-        records = judge.judge(seconds, [text for text in said for _ in range(frames // 16)])
-        right += [record["direction_ok"] for record in records]
-    return sum(right) / len(right)
-
-
-def child(model, seed, frames, steps, every, captions):
-    """One run, in this process: [loss, share that moves as told or None] after 0, every, 2 every, ... steps on long clips."""
-    torch.set_float32_matmul_precision("medium")
-    planned, clips = 4 * steps, 256 // frames                   # the plateau of the learning rate ends at 0.6 of it
-    config = preset("tiny", vocab_size=len(train_tiny.VOCABULARY), grid=(frames // 4, 8, 8), **MODELS[model])
-    run = train_tiny.Run(config, dict(steps=planned, seed=seed, objects=1, rate=2e-3), torch.device("cpu"))
-    # The same share of steps on pictures as in the recipe; no short clips among the long: they would blur the move.
+def losses_after_the_move(model, steps, every, seed):
+    """[(step after the move, loss)] of a run: `steps` on short clips, then as many on long ones."""
     stage = train_tiny.Stage
-    train_tiny.STAGES = (stage(1, 64, 0.05), stage(frames, clips, 0.20), stage(4 * frames, clips // 4, 0.75))
-    train_tiny.LONG_EVERY = 1
-    train_tiny.PERIOD = 0                                       # every frame has noise of its own, as in ablations.py
-    last, measured = steps // every, []
-    for step in tqdm(range(2 * steps + 1), desc=f"{model}, seed {seed}", leave=False, disable=None):
+    # A quarter of the planned steps on short clips. The rest is never reached, so the learning rate
+    # stays at its plateau.
+    train_tiny.STAGES = (stage(1, 112, 0.05), stage(SHORT, 28, 0.2), stage(LONG, 7, 0.75))
+    run = ablations.new_run({**MODELS[model], "grid": (SHORT // 4, 6, 6)}, 4 * steps, seed)
+    losses = []
+    for step in tqdm(range(2 * steps + 1), desc=f"{model}, {seed}", leave=False, disable=None):
         if step >= steps and (step - steps) % every == 0:
-            average = run.averaged()
-            average.vocabulary = train_tiny.VOCABULARY
-            judged = len(measured) in (0, last // 2, last)
-            measured.append((ablations.validation_loss(average, 4 * frames),
-                             moves_as_told(average, captions, 4 * frames, seed) if judged else None))
+            loss = ablations.held_out_loss(ablations.averaged(run), LONG)
+            losses.append((step - steps, loss))
         if step < 2 * steps:
             run.advance()
-    return measured
+    return losses
 
 
 def draw(rows):
-    def panels(*axes):
-        for axis, name, title in zip(axes, ("loss", "moves"), ("loss on long clips", "share of seconds that move as told")):
-            for model, colour in zip(MODELS, common.COLOURS):
-                own = [row for row in rows if row["model"] == model and row[name]]
-                for seed in sorted({row["seed"] for row in own}):
-                    line = [(int(row["step"]), float(row[name])) for row in own if row["seed"] == seed]
-                    axis.plot(*zip(*line), color=colour, marker=".", label=model if seed == "0" else None)
-            axis.set(xlabel="steps after the move to clips 4 times as long", ylabel=title)
-            axis.legend()
-    return panels
+    def panel(axis):
+        for model, colour in zip(MODELS, common.COLOURS):
+            own = [row for row in rows if row["model"] == model]
+            for seed in sorted({row["seed"] for row in own}):
+                line = [row for row in own if row["seed"] == seed]
+                steps, losses = ([float(row[name]) for row in line] for name in ("step", "loss"))
+                axis.plot(steps, losses, color=colour, label=model if seed == "0" else None)
+        axis.set(xlabel=f"steps after the move to {LONG} frames", ylabel="loss, held out")
+        axis.legend()
+
+    return panel
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=16, choices=(4, 16, 64), help="of the short clips (default 16)")
-    parser.add_argument("--steps", type=int, default=400, help="before the move, and as many after it (default 400)")
-    parser.add_argument("--every", type=int, default=20, help="steps from one measurement to the next (default 20)")
+    parser = common.parser_of(__doc__)
+    parser.add_argument("--steps", type=int, default=1000, help="before the move, and after it")
+    parser.add_argument("--every", type=int, default=50, help="steps between measurements")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
-    parser.add_argument("--captions", type=int, default=8, help="sampled and judged at the start, in the middle and at the end (default 8)")
-    parser.add_argument("--plot", default=str(common.ASSETS / "adapt.png"))
-    args = common.arguments(parser, child)
-    if min(args.steps, args.every, args.seeds, args.captions) < 1:
-        parser.error("--steps, --every, --seeds and --captions must be at least 1")
-    settings = dict(frames=args.frames, steps=args.steps, every=args.every, captions=args.captions)
-    curves = common.going_on(parser, Path(args.out) / "adapt_curves.csv", settings, quiet=True)
-    done = {(row["model"], int(row["seed"])) for row in curves.rows}
-    wanted = [(model, seed) for seed in range(args.seeds) for model in MODELS if (model, seed) not in done]
-    for model, seed in tqdm(wanted, unit="run", leave=False, disable=None):
-        measured = common.in_fresh_process(__file__, threads=1, model=model, seed=seed, **settings)
-        for number, (loss, moves) in enumerate(measured):
-            curves.add(model=model, seed=seed, **settings, step=number * args.every, loss=round(loss, 5), moves=moves)
-    curves.wrote()
-    table, last = common.Table(Path(args.out) / "adapt.csv"), args.steps // args.every
-    for step in sorted({number * last // 4 * args.every for number in range(5)}):
-        means = {}
+    args = common.arguments(parser)
+    torch.set_float32_matmul_precision("medium")  # as in training
+    table = common.Table(args.out / "adapt_curves.csv")
+    for seed in range(args.seeds):
         for model in MODELS:
-            here = [row for row in curves.rows if row["model"] == model and int(row["step"]) == step]
-            means[model] = [statistics.mean(float(row[name]) for row in here) if here[0][name] else None for name in ("loss", "moves")]
-        losses = {f"{model} loss": f"{loss:.4f}" for model, (loss, _) in means.items()}
-        moves = {f"{model} moves": share if share is None else f"{share:.2f}" for model, (_, share) in means.items()}
-        table.add(step=step, **losses, dit_over_without_drift=round(means["DiT"][0] / means["without drift"][0], 2), **moves)
-    table.wrote()
-    common.plot(args.plot, draw(curves.rows), panels=2)
+            for step, loss in losses_after_the_move(model, args.steps, args.every, seed):
+                table.add(model=model, seed=seed, step=step, loss=round(loss, 5))
+    print()
+    means = common.Table(args.out / "adapt.csv")
+    for step in sorted({int(row["step"]) for row in table.rows}):
+        losses = {model: [] for model in MODELS}
+        for row in table.rows:
+            if int(row["step"]) == step:
+                losses[row["model"]].append(float(row["loss"]))
+        mean = {model: statistics.mean(values) for model, values in losses.items()}
+        means.add(step=step, lingen=round(mean["LinGen"], 4), dit=round(mean["DiT"], 4),
+                  ratio=round(mean["DiT"] / mean["LinGen"], 2))  # fmt: skip
+    common.plot(args.out / "adapt.png", draw(table.rows))
 
 
 if __name__ == "__main__":
-    common.run(main, "adapt.py")
+    common.run(__file__, main)
