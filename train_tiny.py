@@ -305,7 +305,7 @@ def train(args):
         state["weights"] = {name: value.half() for name, value in state["weights"].items()}
         write_checkpoint(args.publish, state)
         print(f"wrote {args.publish}")
-    last = run.losses[-max(1, len(run.losses) // 10) :]
+    last = run.losses[-(len(run.losses) // 10) :] if run.step >= 100 else []
     if sum(loss for _, loss, _ in last) > sum(black for _, _, black in last):
         raise FloatingPointError("the training diverged: its loss, over the last tenth, is above "
                                  "that of an all-black clip; try a lower --rate")  # fmt: skip
@@ -335,6 +335,8 @@ def setting(text):
         value = ast.literal_eval(value)
     except (ValueError, SyntaxError):
         pass  # a word, as zigzag
+    if isinstance(fields.get(name), float) and isinstance(value, int):
+        value = float(value)
     if name not in fields or not isinstance(value, type(fields[name])):
         known = ", ".join(f"{name}={default!r}" for name, default in fields.items())
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE, as in {known}")

@@ -12,7 +12,7 @@ COLOURS = ("#888888", "#d08020", "#2060c0", "#20a060", "#a02080")
 def side_by_side(clips, captions, title, columns=4, scale=4):
     """Clips, uint8 (frames, h, w, 3) each -> one such clip, with a title, and captions below."""
     frames, h, w, _ = clips[0].shape
-    h, w, line = h * scale + 2, max(w * scale, 150) + 4, 14
+    h, w, line = h * scale + 2, max(w * scale, 182) + 4, 14
     rows = -(-len(clips) // columns)
     pages = []
     for i in range(frames):
