@@ -177,162 +177,156 @@ def ssd_chunked_plain(x, dt, a, B, C, state, starts, chunk_size):
 # --- The same arranged for speed ------------------------------------------------------------------
 
 SEGMENT = {"cpu": 2**18, "other": 2**28}        # numbers in the largest tensor of a segment
-GROUP = 32                                      # chunks whose states one matrix passes on
 
 
-@with_options
-def ssd_chunked(x, dt, a, B, C, state, starts, chunk_size):
-    """The chunked scan, O(length) in time and memory: what the layers run on."""
-    return FastScan.apply(x, dt, a, B, C, state, starts, chunk_size)
+def chunked_fast(x, dt, a, B, C, state, starts, Q):
+    """The four steps of `masked_matrix` for many chunks at once. N = b g rows of r heads each, for
+    which B and C are the same: these heads are the columns of one wide product."""
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    state = state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3).reshape(b * g, n, -1)
+    if starts is not None:
+        starts = in_chunks(starts[..., None].expand(b, l, g), Q, g)         # (N, c, Q, 1)
+    x, dt, a, B, C = (in_chunks(t, Q, g) for t in (x, dt, a, B, C))         # x (N, c, Q, r, p)
+    y, state = FastScan.apply(x, dt, a, B.squeeze(3), C.squeeze(3), state, starts)
+    y = y.unflatten(0, (b, g)).movedim(1, 3).flatten(3, 4).flatten(1, 2)    # (b, c Q, h, p)
+    state = state.unflatten(2, (-1, p)).permute(0, 2, 3, 1)                 # (N, r, p, n)
+    return y[:, :l], state.reshape(b, h, p, n)
 
 
-def take(t, c, Q):
-    """The chunks c of t: (b, l, h, ...) -> (b h, k, Q, ...). Zeros fill up."""
-    t = t[:, c.start * Q : c.stop * Q]
-    missing = (c.stop - c.start) * Q - t.shape[1]
+def in_chunks(t, Q, g):
+    """(b, l, g r, ...) -> (N, c, Q, r, ...): a view where g = 1 and Q divides l."""
+    missing = -t.shape[1] % Q
     if missing:
-        t = torch.cat([t, t.new_zeros(t.shape[0], missing, *t.shape[2:])], 1)
-    return t.transpose(1, 2).flatten(0, 1).unflatten(1, (-1, Q))
+        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing))
+    return t.unflatten(1, (-1, Q)).unflatten(3, (g, -1)).movedim(3, 1).flatten(0, 1)
 
 
-def put(t, whole, c):
-    """The reverse: t (b h, k, Q, ...) becomes the chunks c of `whole` (b, c Q, h, ...)."""
-    Q, (b, _, h) = t.shape[2], whole.shape[:3]
-    whole[:, c.start * Q : c.stop * Q] = t.flatten(1, 2).unflatten(0, (b, h)).transpose(1, 2)
+def carry(decay, states):
+    """Step 3, in place: states[j + 1] += decay[j] states[j] for one border j after the other.
+
+    Pairs of chunks are joined to one, these are carried in the same way, and then the borders
+    inside the pairs follow: as many operations as the length has digits in base 2."""
+    pairs = decay.shape[1] // 2
+    even, odd = states[:, ::2], states[:, 1::2]
+    if pairs:
+        even[:, 1:].addcmul_(decay[:, 1::2], odd[:, :pairs])
+        carry(decay[:, : 2 * pairs : 2] * decay[:, 1::2], even)
+    odd.addcmul_(decay[:, ::2], even[:, : odd.shape[1]])
 
 
-def add_product(t, a, b):
-    """t + a @ b, in place, for two axes of matrices."""
-    t.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
-    return t
+class Decays:
+    """What both passes need: L, and the decays from a chunk's start and to its end."""
 
-
-def carry(decay, added, state):
-    """Step 3: the states that enter k chunks (S, k, s), and the one that leaves the last (S, s).
-    The same trick once more: a matrix of decays inside groups of chunks, then groups of groups.
-    decay (S, k), of whole chunks; added (S, k, s); state (S, s)."""
-    k = decay.shape[1]
-    if k == 1:
-        return state[:, None], added[:, 0] + decay * state
-    K = min(k, GROUP)
-    decay = F.pad(decay, (0, -k % K), value=1).unflatten(1, (-1, K))        # (S, m, K)
-    added = F.pad(added, (0, 0, 0, -k % K)).unflatten(1, (-1, K))           # (S, m, K, s)
-    later = torch.ones(K, K, dtype=torch.bool, device=decay.device).tril(-1)
-    W = torch.where(later, decay[..., None], 1).cumprod(2).tril()           # (S, m, K, K)
-    W = F.threshold(W, 2**-100, 0)                                          # denormals are slow
-    into = W[..., 0] * decay[..., :1]                                       # (S, m, K)
-    ends = (W[:, :, -1:] @ added).squeeze(2)                                # (S, m, s)
-    entering, final = carry(into[:, :, -1], ends, state)                    # (S, m, s)
-    W, into = F.pad(W[:, :, :-1], (0, 0, 1, 0)), F.pad(into[:, :, :-1], (1, 0), value=1)
-    states = add_product(W @ added, into[..., None], entering[:, :, None])  # (S, m, K, s)
-    return states.flatten(1, 2)[:, :k], final
-
-
-class Chunks:
-    """What both passes need. Each head is a row of the batch: S = b h rows, N = b g for groups."""
-
-    def __init__(self, x, dt, a, B, C, starts, Q):
-        (b, l, h, p), n, N = x.shape, B.shape[3], B.shape[0] * B.shape[2]
-        self.inputs, self.Q, count = (x, B, C), Q, -(-l // Q)
-        # A segment stays in a CPU's cache; a GPU takes far more chunks at a time.
-        size = SEGMENT["cpu" if x.device.type == "cpu" else "other"]
-        step = max(1, size // (b * h * max(Q * Q, Q * p, Q * n, p * n)))
-        self.segments = [slice(i, min(i + step, count)) for i in range(0, count, step)]
-        whole = slice(0, count)
-        self.dt = take(dt, whole, Q).contiguous()                           # (S, c, Q)
+    def __init__(self, a, starts):
+        N, c, Q, r = a.shape
         # exp(a) as 2^(a log2 e): the same, and several times faster on CPUs. 2^least is 0.
         least = 1.2 * math.log2(torch.finfo(a.dtype).tiny)
-        log = (take(a, whole, Q) * math.log2(math.e)).clamp(min=least)
+        log = (a * math.log2(math.e)).clamp(min=least)
         # Exponents are differences of two running sums: fewer digits than term by term, but fast.
         # Above the diagonal they are positive, and elsewhere by rounding, so they are cut before
         # exp: at 0, unless A > 0 lets the state grow.
-        self.sums, self.most = log.cumsum(2), log.clamp(min=0).sum(2, keepdim=True)
-        self.into = self.sums.exp2()                        # decay from a chunk's start to a token
-        self.out = (self.sums[:, :, -1:] - self.sums).clamp(max=self.most).exp2()   # to its end
-        self.mask = dt.new_ones(Q, Q).tril().expand(N, count, Q, Q)         # who may read whom
+        sums, most = log.cumsum(2), log.clamp(min=0).sum(2, keepdim=True)
+        self.into = sums.exp2()                                             # (N, c, Q, r)
+        self.out = (sums[:, :, -1:] - sums).clamp(max=most).exp2()
+        self.sums, self.most = sums.mT.contiguous(), most.mT[..., None]     # (N, c, r, Q)
+        self.mask = a.new_ones(Q, Q).tril().expand(N, c, Q, Q)              # who may read whom
         if starts is not None:                              # no decay crosses a sequence's start
-            passed = take(starts[..., None].expand(a.shape), whole, Q).cumsum(2)
+            passed = starts.cumsum(2)                                       # (N, c, Q, 1)
             self.into = self.into.masked_fill(passed > 0, 0)
             self.out = self.out.masked_fill(passed < passed[:, :, -1:], 0)
-            passed = passed.unflatten(0, (N, -1))[:, 0]                     # (N, c, Q)
-            self.mask = self.mask * (passed[..., None] == passed[:, :, None])
+            self.mask = self.mask * (passed == passed.mT)
 
-    def cut(self, c):
-        """x, v (S, k, Q, p), B, C (N, k, Q, n), B_out, C_in (S, k, Q, n), L and G of chunks c."""
-        (x, B, C), dt = (take(t, c, self.Q) for t in self.inputs), self.dt[:, c]
-        v = dt[..., None] * x                               # as dt, the first, lies in memory
-        into, out = (t[:, c, :, None].unflatten(0, (len(B), -1)) for t in (self.into, self.out))
-        L = self.sums[:, c, :, None] - self.sums[:, c, None]                # (S, k, Q, Q)
-        L = L.clamp_(max=self.most[:, c, :, None]).exp2_().unflatten(0, (len(B), -1))
-        G = (C @ B.mT).mul_(self.mask[:, c])                # (N, k, Q, Q), one for r heads
-        return x, v, B, C, (B[:, None] * out).flatten(0, 1), (C[:, None] * into).flatten(0, 1), L, G
+    def segments(self, p, n):
+        """Slices of chunks. A segment stays in a CPU's cache; a GPU takes far more at a time."""
+        N, c, r, Q = self.sums.shape
+        size = SEGMENT["cpu" if self.sums.device.type == "cpu" else "other"]
+        step = max(1, size // (N * r * max(Q * Q, Q * p, p * n)))
+        return [slice(i, min(i + step, c)) for i in range(0, c, step)]
+
+    def matrices(self, k, B, C):
+        """L (N, k, r, Q, Q) and, the same for all heads, the masked C B^T (N, k, 1, Q, Q)."""
+        L = self.sums[:, k, :, :, None] - self.sums[:, k, :, None]
+        L = L.clamp_(max=self.most[:, k]).exp2_()
+        return L, (C @ B.mT).mul_(self.mask[:, k])[:, :, None]
 
 
 class FastScan(torch.autograd.Function):
-    """The four steps of `masked_matrix`, some chunks at a time. Kept for the backward pass are
-    the inputs and the state that enters each chunk; the matrices are made again."""
+    """Some chunks at a time. Kept for the backward pass are the inputs and the states at the
+    borders of the chunks; the matrices are made again."""
 
     @staticmethod
-    def forward(ctx, x, dt, a, B, C, state, starts, Q):
-        chunks, states, shape = Chunks(x, dt, a, B, C, starts, Q), [], state.shape
-        y = dt.new_empty(x.shape[0], chunks.dt[0, :, :].numel(), *x.shape[2:])
-        state = state.flatten(0, 1).flatten(1)                              # (S, p n)
-        for c in chunks.segments:
-            _, v, _, _, B_out, C_in, L, G = chunks.cut(c)
-            entering, state = carry(chunks.into[:, c, -1], (v.mT @ B_out).flatten(2), state)
-            entering = entering.unflatten(2, shape[2:])                     # (S, k, p, n)
-            M = L.mul_(G[:, None]).flatten(0, 1)                            # (S, k, Q, Q)
-            put(add_product(M @ v, C_in, entering.mT), y, c)
+    def forward(ctx, x, dt, a, B, C, state, starts):
+        decays, borders, y = Decays(a, starts), [], dt.new_empty(x.shape)
+        weight, dt_heads, p = decays.out * dt, dt.mT.contiguous(), x.shape[4]
+        for k in decays.segments(p, B.shape[3]):
+            x_k, B_k, C_k = x[:, k], B[:, k], C[:, k]
+            added = B_k.mT @ (weight[:, k, ..., None] * x_k).flatten(3)     # (N, k, n, r p)
+            H = torch.cat([state[:, None], added], 1)                       # (N, k + 1, n, r p)
+            carry(decays.into[:, k, -1:].repeat_interleave(p, 3), H)
+            L, G = decays.matrices(k, B_k, C_k)
+            v = dt_heads[:, k, ..., None] * x_k.transpose(2, 3)             # (N, k, r, Q, p)
+            y_k = L.mul_(G) @ v
+            read = (C_k @ H[:, :-1]).unflatten(3, (-1, p))                  # (N, k, Q, r, p)
+            y[:, k] = y_k.transpose(2, 3).addcmul_(decays.into[:, k, ..., None], read)
+            state = H[:, -1]
             if any(ctx.needs_input_grad):
-                states.append(entering)
-        ctx.save_for_backward(x, dt, a, B, C, starts, *states)
-        ctx.Q = Q
-        return y[:, : x.shape[1]], state.view(shape)
+                borders.append(H)
+        ctx.save_for_backward(x, dt, a, B, C, starts, *borders)
+        return y, state.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dstate):
         with no_autocast(dy.device):
-            return FastScan.gradients(ctx, dy, dstate)
+            return FastScan.gradients(*ctx.saved_tensors, dy, dstate)
 
     @staticmethod
-    def gradients(ctx, dy, dstate):
-        x, dt, a, B, C, starts, *states = ctx.saved_tensors
-        chunks, shape, Q = Chunks(x, dt, a, B, C, starts, ctx.Q), dstate.shape, ctx.Q
-        size = x.shape[0], chunks.dt[0].numel()
-        dx, ddt, da, dB, dC = (dt.new_empty(*size, *t.shape[2:]) for t in (x, dt, a, B, C))
-        dstate = dstate.reshape(-1, shape[2] * shape[3])                    # (S, p n)
-        for c, entering in reversed(list(zip(chunks.segments, states))):
-            x_c, v, B_c, C_c, B_out, C_in, L, G = chunks.cut(c)
-            dy_c, by_group = take(dy, c, Q).contiguous(), L.shape[:2]       # (S, k, Q, p), (N, r)
-            into, out, decay = chunks.into[:, c], chunks.out[:, c], chunks.into[:, c, -1]
+    def gradients(x, dt, a, B, C, starts, *rest):
+        *borders, dy, dstate = rest
+        decays, p, n = Decays(a, starts), x.shape[4], B.shape[3]
+        dx, ddt, da, dB, dC = (torch.empty_like(t) for t in (x, dt, a, B, C))
+        weight, dt_heads = decays.out * dt, dt.mT.contiguous()
+        for k, H in reversed(list(zip(decays.segments(p, n), borders))):
+            x_k, B_k, C_k, dy_k = x[:, k], B[:, k], C[:, k], dy[:, k]
+            into, out = decays.into[:, k, ..., None], decays.out[:, k, ..., None]
             # The gradient of the states runs against the states, through the same decays.
-            asked = (dy_c.mT @ C_in).flatten(2)                             # (S, k, p n)
-            leaving, dstate = carry(decay.flip(1), asked.flip(1), dstate)
-            leaving = leaving.flip(1).unflatten(2, shape[2:])               # (S, k, p, n)
-            # y = M v + C_in H^T with M = L o G, G = C B^T; a chunk adds v^T B_out to the state.
-            dM = (dy_c @ v.mT).unflatten(0, by_group).mul_(L)               # dM o L
-            dG = dM.sum(1).mul_(chunks.mask[:, c])                          # (N, k, Q, Q)
-            M = L.mul_(G[:, None]).flatten(0, 1)                            # (S, k, Q, Q)
-            dv = add_product(M.mT @ dy_c, B_out, leaving.mT)                # (S, k, Q, p)
-            dC_c = (dy_c @ entering).mul_(into[..., None]).unflatten(0, by_group)
-            dB_c = (v @ leaving).mul_(out[..., None]).unflatten(0, by_group)
-            put(dG @ B_c + dC_c.sum(1), dC, c)                              # sums over r heads
-            put(dG.mT @ C_c + dB_c.sum(1), dB, c)
+            asked = (into * dy_k).flatten(3)                                # (N, k, Q, r p)
+            given = (weight[:, k, ..., None] * x_k).flatten(3)
+            dH = torch.cat([dstate[:, None], (C_k.mT @ asked).flip(1)], 1)
+            carry(decays.into[:, k, -1:].flip(1).repeat_interleave(p, 3), dH)
+            dstate, dH = dH[:, -1], dH[:, :-1].flip(1)                      # (N, k, n, r p)
+            # y = M v + into (C H) with M = L o G, G = C B^T; a chunk adds B^T (out v) to the state.
+            v = dt_heads[:, k, ..., None] * x_k.transpose(2, 3)             # (N, k, r, Q, p)
+            dy_heads = dy_k.transpose(2, 3).contiguous()
+            L, G = decays.matrices(k, B_k, C_k)
+            dM = (dy_heads @ v.mT).mul_(L)                                  # dM o L
+            dG = dM.sum(2).mul_(decays.mask[:, k])                          # (N, k, Q, Q)
+            dC[:, k] = dG @ B_k + asked @ H[:, :-1].mT
+            dB[:, k] = dG.mT @ C_k + given @ dH.mT
+            dv = (L.mul_(G).mT @ dy_heads).transpose(2, 3)                  # (N, k, Q, r, p)
+            sent = (B_k @ dH).unflatten(3, (-1, p)) * out
+            ddt_out = (x_k * sent).sum(-1)
+            dv = dv.add_(sent)
+            ddt[:, k] = (x_k * dv).sum(-1)
+            dx[:, k] = dv * dt[:, k, ..., None]
             # The exponent of L_ij sums a over j+1..i: dM_ij M_ij is a gradient for each of these,
-            # so rows minus columns are summed up. Those of C_in and B_out span the tokens up to i,
+            # so rows minus columns are summed up. Those of into and out span the tokens up to i,
             # and after j. The diagonal has exponent 0; it would cancel, but not without rounding.
-            dM = dM.mul_(G.tril_(-1)[:, None]).flatten(0, 1)                # (S, k, Q, Q)
-            d_into = dC_c.mul_(C_c[:, None]).sum(-1).flatten(0, 1)          # (S, k, Q)
-            d_out = dB_c.mul_(B_c[:, None]).sum(-1).flatten(0, 1)
-            d_decay = (entering * leaving).sum((2, 3)) * decay              # (S, k)
-            up_to = (dM.sum(-1) - dM.sum(-2) + d_into).flip(2).cumsum(2).flip(2)
-            after = F.pad(d_out.cumsum(2)[..., :-1], (1, 0))
-            put(up_to + after + d_decay[..., None], da, c)
-            put((x_c * dv).sum(-1), ddt, c)
-            put(dv.mul_(chunks.dt[:, c, :, None]), dx, c)
-        dx, ddt, da, dB, dC = (t[:, : x.shape[1]] for t in (dx, ddt, da, dB, dC))
-        return dx.to(x.dtype), ddt, da, dB, dC, dstate.view(shape), None, None
+            dM = dM.mul_(G.tril(-1))
+            d_into = (asked * (C_k @ H[:, :-1])).unflatten(3, (-1, p)).sum(-1)      # (N, k, Q, r)
+            d_out = dt[:, k] * ddt_out
+            d_decay = (H[:, :-1] * dH).sum(2).unflatten(2, (-1, p)).sum(-1)         # (N, k, r)
+            d_decay = d_decay[:, :, None] * decays.into[:, k, -1:]
+            up_to = ((dM.sum(-1) - dM.sum(-2)).mT + d_into).flip(2).cumsum(2).flip(2)
+            after = F.pad(d_out.cumsum(2)[:, :, :-1], (0, 0, 1, 0))
+            da[:, k] = up_to + after + d_decay
+        return dx, ddt, da, dB, dC, dstate, None
+
+
+@with_options
+def ssd_chunked(x, dt, a, B, C, state, starts, chunk_size):
+    """The chunked scan, O(length) in time and memory: what the layers run on."""
+    return chunked_fast(x, dt, a, B, C, state, starts, chunk_size)
 
 
 def ssd_bidirectional(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None,

@@ -31,7 +31,6 @@ LAYERS = [Mamba2, BidirectionalMamba2]
 def small_segments(monkeypatch):
     """Several segments and several groups of chunks even at the sizes of a test."""
     monkeypatch.setitem(mamba2_ref.SEGMENT, "cpu", 200)
-    monkeypatch.setattr(mamba2_ref, "GROUP", 2)
 
 
 def draw(l, options=(), b=2, h=4, p=3, g=2, n=5, dtype=torch.float64, seed=0):
