@@ -20,6 +20,7 @@ entry by entry). All three are the same function; the recurrence in float64 is t
     x, y, z (b, l, h, p)   dt (b, l, h)   A (h)   B, C (b, l, g, n)   state (b, h, p, n)
 """
 import contextlib
+import functools
 import importlib
 import importlib.util
 import math
@@ -36,8 +37,8 @@ INF = math.inf
 # --- What mamba-ssm adds around the scan, for all forms -------------------------------------------
 
 def with_options(form):
-    """Give a form, of the final steps dt, a = dt A, and `starts` (b, l), True where a packed
-    sequence begins, the arguments of mamba-ssm's scan."""
+    """Give a form the arguments of mamba-ssm's scan. The form sees the final steps dt, a = dt A,
+    the first state, and `starts` (b, l), True where a packed sequence begins, or None."""
     def ssd(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None, initial_states=None,
             seq_idx=None, dt_softplus=False, dt_limit=(0.0, INF), return_final_states=False):
         check(chunk_size, dt_limit, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
@@ -46,7 +47,7 @@ def with_options(form):
         with no_autocast(x.device):
             for tensor in (x, dt, A, B, C):
                 dtype = torch.promote_types(dtype, tensor.dtype)
-            dt, A, B, C = dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
+            dt, A, B, C = (t.to(dtype) for t in (dt, A, B, C))
             if dt_bias is not None:
                 dt = dt + dt_bias.to(dtype)
             dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
@@ -75,21 +76,17 @@ def with_options(form):
 
 
 def check(chunk_size, dt_limit, **tensors):
-    x, B = tensors["x"], tensors["B"]
-    if x.dim() != 4 or B.dim() != 4 or 0 in x.shape + B.shape or x.shape[2] % B.shape[2]:
-        raise ValueError("x must be (batch, length, nheads, headdim), B (batch, length, ngroups, "
-                         f"d_state), ngroups divide nheads: got {tuple(x.shape)}, {tuple(B.shape)}")
-    if chunk_size < 1 or not 0 <= dt_limit[0] <= dt_limit[1]:
-        raise ValueError("chunk_size must be at least 1, dt_limit 0 <= low <= high: "
-                         f"got {chunk_size}, {dt_limit}")
-    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    (b, l, h, p), (g, n) = tensors["x"].shape, tensors["B"].shape[2:]
+    if h % g or chunk_size < 1 or not 0 <= dt_limit[0] <= dt_limit[1]:
+        raise ValueError("ngroups must divide nheads, chunk_size be at least 1, dt_limit 0 <= low "
+                         f"<= high: got {g}, {h}, {chunk_size}, {dt_limit}")
     fits = {"x": (b, l, h, p), "dt": (b, l, h), "A": (h,), "B": (b, l, g, n), "C": (b, l, g, n),
             "D": (h,), "z": (b, l, h, p), "dt_bias": (h,), "initial_states": (b, h, p, n),
             "seq_idx": (b, l)}
     for name, tensor in tensors.items():
         shape = fits[name] if tensor is None else tuple(tensor.shape)
         if shape != fits[name] and (name, shape) != ("D", (h, p)):
-            raise ValueError(f"{name} must be {fits[name]} to fit x {tuple(x.shape)}, got {shape}")
+            raise ValueError(f"{name} must be {fits[name]} to fit x {(b, l, h, p)}, got {shape}")
 
 
 def no_autocast(device):
@@ -179,18 +176,18 @@ def ssd_chunked_plain(x, dt, a, B, C, state, starts, chunk_size):
 SEGMENT = {"cpu": 2**18, "other": 2**28}        # numbers in the largest tensor of a segment
 
 
-def chunked_fast(x, dt, a, B, C, state, starts, Q):
-    """The four steps of `masked_matrix` for many chunks at once. N = b g rows of r heads each, for
-    which B and C are the same: these heads are the columns of one wide product."""
+@with_options
+def ssd_chunked(x, dt, a, B, C, state, starts, chunk_size):
+    """The chunked scan, O(length) in time and memory: what the layers run on."""
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    # N = b g rows: the r heads of a group are the columns of one wide product with B or C.
     state = state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3).reshape(b * g, n, -1)
     if starts is not None:
-        starts = in_chunks(starts[..., None].expand(b, l, g), Q, g)         # (N, c, Q, 1)
-    x, dt, a, B, C = (in_chunks(t, Q, g) for t in (x, dt, a, B, C))         # x (N, c, Q, r, p)
+        starts = in_chunks(starts[..., None].expand(b, l, g), chunk_size, g)
+    x, dt, a, B, C = (in_chunks(t, chunk_size, g) for t in (x, dt, a, B, C))
     y, state = FastScan.apply(x, dt, a, B.squeeze(3), C.squeeze(3), state, starts)
     y = y.unflatten(0, (b, g)).movedim(1, 3).flatten(3, 4).flatten(1, 2)    # (b, c Q, h, p)
-    state = state.unflatten(2, (-1, p)).permute(0, 2, 3, 1)                 # (N, r, p, n)
-    return y[:, :l], state.reshape(b, h, p, n)
+    return y[:, :l], state.unflatten(2, (-1, p)).permute(0, 2, 3, 1).reshape(b, h, p, n)
 
 
 def in_chunks(t, Q, g):
@@ -202,23 +199,32 @@ def in_chunks(t, Q, g):
 
 
 def carry(decay, states):
-    """Step 3, in place: states[j + 1] += decay[j] states[j] for one border j after the other.
+    """Step 3, in place: states[j + 1] += decay[j] states[j], from the first border to the last.
 
-    Pairs of chunks are joined to one, these are carried in the same way, and then the borders
-    inside the pairs follow: as many operations as the length has digits in base 2."""
-    pairs = decay.shape[1] // 2
-    even, odd = states[:, ::2], states[:, 1::2]
+    Pairs of chunks count as one chunk, and these are carried in the same way; then follow the
+    borders inside the pairs. The number of operations grows with the logarithm of the length."""
+    even, odd, pairs = states[:, ::2], states[:, 1::2], decay.shape[1] // 2
     if pairs:
         even[:, 1:].addcmul_(decay[:, 1::2], odd[:, :pairs])
         carry(decay[:, : 2 * pairs : 2] * decay[:, 1::2], even)
     odd.addcmul_(decay[:, ::2], even[:, : odd.shape[1]])
 
 
-class Decays:
-    """What both passes need: L, and the decays from a chunk's start and to its end."""
+def carry_back(decay, states):
+    """The same from the last border to the first: states[j] += decay[j] states[j + 1]."""
+    even, odd, pairs = states[:, ::2], states[:, 1::2], decay.shape[1] // 2
+    even[:, : odd.shape[1]].addcmul_(decay[:, ::2], odd)
+    if pairs:
+        carry_back(decay[:, : 2 * pairs : 2] * decay[:, 1::2], even)
+        odd[:, :pairs].addcmul_(decay[:, 1::2], even[:, 1:])
 
-    def __init__(self, a, starts):
+
+class Chunks:
+    """What both passes need: the decays, for all chunks, and the matrices, for some."""
+
+    def __init__(self, x, dt, a, B, C, starts):
         N, c, Q, r = a.shape
+        self.inputs, self.dt_heads = (x, B, C), dt.mT.contiguous()          # (N, c, r, Q)
         # exp(a) as 2^(a log2 e): the same, and several times faster on CPUs. 2^least is 0.
         least = 1.2 * math.log2(torch.finfo(a.dtype).tiny)
         log = (a * math.log2(math.e)).clamp(min=least)
@@ -226,48 +232,46 @@ class Decays:
         # Above the diagonal they are positive, and elsewhere by rounding, so they are cut before
         # exp: at 0, unless A > 0 lets the state grow.
         sums, most = log.cumsum(2), log.clamp(min=0).sum(2, keepdim=True)
-        self.into = sums.exp2()                                             # (N, c, Q, r)
-        self.out = (sums[:, :, -1:] - sums).clamp(max=most).exp2()
+        into, out = sums.exp2(), (sums[:, :, -1:] - sums).clamp(max=most).exp2()
         self.sums, self.most = sums.mT.contiguous(), most.mT[..., None]     # (N, c, r, Q)
         self.mask = a.new_ones(Q, Q).tril().expand(N, c, Q, Q)              # who may read whom
         if starts is not None:                              # no decay crosses a sequence's start
             passed = starts.cumsum(2)                                       # (N, c, Q, 1)
-            self.into = self.into.masked_fill(passed > 0, 0)
-            self.out = self.out.masked_fill(passed < passed[:, :, -1:], 0)
+            into, out = into.masked_fill(passed > 0, 0), out.masked_fill(passed < passed[:, :, -1:], 0)
             self.mask = self.mask * (passed == passed.mT)
+        # From a chunk's start to a token; from there to the end, times dt; over the whole chunk.
+        self.into, self.weight, self.out = into[..., None], (out * dt)[..., None], out[..., None]
+        self.total = into[:, :, -1:]                                        # (N, c, 1, r)
+        # A segment stays in a CPU's cache; a GPU takes far more chunks at a time.
+        size = SEGMENT["cpu" if x.device.type == "cpu" else "other"]
+        step = max(1, size // (N * r * max(Q * Q, Q * x.shape[4], x.shape[4] * B.shape[3])))
+        self.segments = [slice(i, min(i + step, c)) for i in range(0, c, step)]
 
-    def segments(self, p, n):
-        """Slices of chunks. A segment stays in a CPU's cache; a GPU takes far more at a time."""
-        N, c, r, Q = self.sums.shape
-        size = SEGMENT["cpu" if self.sums.device.type == "cpu" else "other"]
-        step = max(1, size // (N * r * max(Q * Q, Q * p, p * n)))
-        return [slice(i, min(i + step, c)) for i in range(0, c, step)]
-
-    def matrices(self, k, B, C):
-        """L (N, k, r, Q, Q) and, the same for all heads, the masked C B^T (N, k, 1, Q, Q)."""
+    def cut(self, k):
+        """Of the chunks k: x, B, C, v = dt x (N, k, r, Q, p), out v (N, k, Q, r p), the decay of
+        a chunk (N, k, 1, r p), L (N, k, r, Q, Q) and C B^T (N, k, 1, Q, Q), masked for all heads."""
+        x, B, C = (t[:, k] for t in self.inputs)
+        v = self.dt_heads[:, k, ..., None] * x.transpose(2, 3)
         L = self.sums[:, k, :, :, None] - self.sums[:, k, :, None]
         L = L.clamp_(max=self.most[:, k]).exp2_()
-        return L, (C @ B.mT).mul_(self.mask[:, k])[:, :, None]
+        G = (C @ B.mT).mul_(self.mask[:, k])[:, :, None]
+        total = self.total[:, k].repeat_interleave(x.shape[4], 3)
+        return x, B, C, v, (self.weight[:, k] * x).flatten(3), total, L, G
 
 
 class FastScan(torch.autograd.Function):
-    """Some chunks at a time. Kept for the backward pass are the inputs and the states at the
-    borders of the chunks; the matrices are made again."""
+    """The four steps of `masked_matrix`, some chunks at a time. Kept for the backward pass are
+    the inputs and the states at the borders of chunks; the matrices are made again."""
 
     @staticmethod
     def forward(ctx, x, dt, a, B, C, state, starts):
-        decays, borders, y = Decays(a, starts), [], dt.new_empty(x.shape)
-        weight, dt_heads, p = decays.out * dt, dt.mT.contiguous(), x.shape[4]
-        for k in decays.segments(p, B.shape[3]):
-            x_k, B_k, C_k = x[:, k], B[:, k], C[:, k]
-            added = B_k.mT @ (weight[:, k, ..., None] * x_k).flatten(3)     # (N, k, n, r p)
-            H = torch.cat([state[:, None], added], 1)                       # (N, k + 1, n, r p)
-            carry(decays.into[:, k, -1:].repeat_interleave(p, 3), H)
-            L, G = decays.matrices(k, B_k, C_k)
-            v = dt_heads[:, k, ..., None] * x_k.transpose(2, 3)             # (N, k, r, Q, p)
-            y_k = L.mul_(G) @ v
-            read = (C_k @ H[:, :-1]).unflatten(3, (-1, p))                  # (N, k, Q, r, p)
-            y[:, k] = y_k.transpose(2, 3).addcmul_(decays.into[:, k, ..., None], read)
+        chunks, borders, y = Chunks(x, dt, a, B, C, starts), [], dt.new_empty(x.shape)
+        for k in chunks.segments:
+            _, B_k, C_k, v, out_v, total, L, G = chunks.cut(k)
+            H = torch.cat([state[:, None], B_k.mT @ out_v], 1)              # (N, k + 1, n, r p)
+            carry(total, H)
+            y[:, k] = (L.mul_(G) @ v).transpose(2, 3)                       # (N, k, Q, r, p)
+            y[:, k].addcmul_(chunks.into[:, k], (C_k @ H[:, :-1]).view(y[:, k].shape))
             state = H[:, -1]
             if any(ctx.needs_input_grad):
                 borders.append(H)
@@ -278,66 +282,51 @@ class FastScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dstate):
         with no_autocast(dy.device):
-            return FastScan.gradients(*ctx.saved_tensors, dy, dstate)
+            return FastScan.gradients(*ctx.saved_tensors, dy=dy, dstate=dstate)
 
     @staticmethod
-    def gradients(x, dt, a, B, C, starts, *rest):
-        *borders, dy, dstate = rest
-        decays, p, n = Decays(a, starts), x.shape[4], B.shape[3]
-        dx, ddt, da, dB, dC = (torch.empty_like(t) for t in (x, dt, a, B, C))
-        weight, dt_heads = decays.out * dt, dt.mT.contiguous()
-        for k, H in reversed(list(zip(decays.segments(p, n), borders))):
-            x_k, B_k, C_k, dy_k = x[:, k], B[:, k], C[:, k], dy[:, k]
-            into, out = decays.into[:, k, ..., None], decays.out[:, k, ..., None]
+    def gradients(x, dt, a, B, C, starts, *borders, dy, dstate):
+        chunks, p = Chunks(x, dt, a, B, C, starts), x.shape[4]
+        dx, ddt, da, dB, dC = (dt.new_empty(t.shape) for t in (x, dt, a, B, C))
+        for k, H in reversed(list(zip(chunks.segments, borders))):
+            x_k, B_k, C_k, v, out_v, total, L, G = chunks.cut(k)
             # The gradient of the states runs against the states, through the same decays.
-            asked = (into * dy_k).flatten(3)                                # (N, k, Q, r p)
-            given = (weight[:, k, ..., None] * x_k).flatten(3)
-            dH = torch.cat([dstate[:, None], (C_k.mT @ asked).flip(1)], 1)
-            carry(decays.into[:, k, -1:].flip(1).repeat_interleave(p, 3), dH)
-            dstate, dH = dH[:, -1], dH[:, :-1].flip(1)                      # (N, k, n, r p)
+            into_dy = (chunks.into[:, k] * dy[:, k]).flatten(3)             # (N, k, Q, r p)
+            dH = torch.cat([C_k.mT @ into_dy, dstate[:, None]], 1)          # (N, k + 1, n, r p)
+            carry_back(total, dH)
+            H, dH, dstate = H[:, :-1], dH[:, 1:], dH[:, 0]                  # entering, leaving
             # y = M v + into (C H) with M = L o G, G = C B^T; a chunk adds B^T (out v) to the state.
-            v = dt_heads[:, k, ..., None] * x_k.transpose(2, 3)             # (N, k, r, Q, p)
-            dy_heads = dy_k.transpose(2, 3).contiguous()
-            L, G = decays.matrices(k, B_k, C_k)
-            dM = (dy_heads @ v.mT).mul_(L)                                  # dM o L
-            dG = dM.sum(2).mul_(decays.mask[:, k])                          # (N, k, Q, Q)
-            dC[:, k] = dG @ B_k + asked @ H[:, :-1].mT
-            dB[:, k] = dG.mT @ C_k + given @ dH.mT
-            dv = (L.mul_(G).mT @ dy_heads).transpose(2, 3)                  # (N, k, Q, r, p)
-            sent = (B_k @ dH).unflatten(3, (-1, p)) * out
-            ddt_out = (x_k * sent).sum(-1)
-            dv = dv.add_(sent)
+            dy_k = dy[:, k].transpose(2, 3).contiguous()                    # (N, k, r, Q, p)
+            dM = (dy_k @ v.mT).mul_(L)                                      # dM o L
+            dG = dM.sum(2).mul_(chunks.mask[:, k])                          # (N, k, Q, Q)
+            dC[:, k] = dG @ B_k + into_dy @ H.mT
+            dB[:, k] = dG.mT @ C_k + out_v @ dH.mT
+            dv, B_dH = dx[:, k], B_k @ dH                                   # dx is dt dv
+            dv.copy_((L.mul_(G).mT @ dy_k).transpose(2, 3))                 # (N, k, Q, r, p)
+            dv.addcmul_(chunks.out[:, k], B_dH.view(dv.shape))
             ddt[:, k] = (x_k * dv).sum(-1)
-            dx[:, k] = dv * dt[:, k, ..., None]
+            dv.mul_(dt[:, k, ..., None])
             # The exponent of L_ij sums a over j+1..i: dM_ij M_ij is a gradient for each of these,
             # so rows minus columns are summed up. Those of into and out span the tokens up to i,
             # and after j. The diagonal has exponent 0; it would cancel, but not without rounding.
             dM = dM.mul_(G.tril(-1))
-            d_into = (asked * (C_k @ H[:, :-1])).unflatten(3, (-1, p)).sum(-1)      # (N, k, Q, r)
-            d_out = dt[:, k] * ddt_out
-            d_decay = (H[:, :-1] * dH).sum(2).unflatten(2, (-1, p)).sum(-1)         # (N, k, r)
-            d_decay = d_decay[:, :, None] * decays.into[:, k, -1:]
+            d_into = (into_dy * (C_k @ H)).unflatten(3, (-1, p)).sum(-1)    # (N, k, Q, r)
+            d_out = (out_v * B_dH).unflatten(3, (-1, p)).sum(-1)
+            d_total = ((H * dH).sum(2, keepdim=True) * total).unflatten(3, (-1, p)).sum(-1)
             up_to = ((dM.sum(-1) - dM.sum(-2)).mT + d_into).flip(2).cumsum(2).flip(2)
             after = F.pad(d_out.cumsum(2)[:, :, :-1], (0, 0, 1, 0))
-            da[:, k] = up_to + after + d_decay
-        return dx, ddt, da, dB, dC, dstate, None
-
-
-@with_options
-def ssd_chunked(x, dt, a, B, C, state, starts, chunk_size):
-    """The chunked scan, O(length) in time and memory: what the layers run on."""
-    return chunked_fast(x, dt, a, B, C, state, starts, chunk_size)
+            da[:, k] = up_to + after + d_total
+        return dx.to(x.dtype), ddt, da, dB, dC, dstate, None
 
 
 def ssd_bidirectional(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None,
                       dt_softplus=False, dt_limit=(0.0, INF), scan=ssd_chunked):
-    """The scan plus the scan of the flipped sequence (LinGen fig. 3); D and the gate on the sum.
-    Both directions lie side by side in the batch, so that `scan` runs once."""
-    x2, dt2, B2, C2 = (torch.cat([t, t.flip(1)]) for t in (x, dt, B, C))    # (2 b, l, ...)
-    y = scan(x2, dt2, A, B2, C2, chunk_size, dt_bias=dt_bias, dt_softplus=dt_softplus,
-             dt_limit=dt_limit)
-    forward, backward = y.chunk(2)
-    return skip_and_gate(forward + backward.flip(1), x, D, z)
+    """The scan plus the scan of the flipped sequence (LinGen fig. 3); D and the gate on the sum."""
+    options = dict(dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
+    y = scan(x, dt, A, B, C, chunk_size, **options)
+    x2, dt2, B2, C2 = (t.flip(1) for t in (x, dt, B, C))
+    y = y + scan(x2, dt2, A, B2, C2, chunk_size, **options).flip(1)
+    return skip_and_gate(y, x, D, z)
 
 
 # --- Backends: whose scan runs --------------------------------------------------------------------
