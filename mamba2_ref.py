@@ -26,6 +26,7 @@ import importlib.util
 import math
 import sys
 import types
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -41,12 +42,16 @@ def with_options(form):
     the first state, and `starts` (b, l), True where a packed sequence begins, or None."""
     def ssd(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None, initial_states=None,
             seq_idx=None, dt_softplus=False, dt_limit=(0.0, INF), return_final_states=False):
-        check(chunk_size, dt_limit, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
-              initial_states=initial_states, seq_idx=seq_idx)
-        state, starts, dtype = initial_states, None, torch.float32
+        if dt.shape != x.shape[:3] or B.shape != C.shape or x.shape[2] % B.shape[2]:
+            raise ValueError("x must be (b, l, h, p), dt (b, l, h), B and C (b, l, g, n), g divide h: "
+                             f"got {[tuple(t.shape) for t in (x, dt, B, C)]}")
+        if chunk_size < 1 or not 0 <= dt_limit[0] <= dt_limit[1]:
+            raise ValueError("chunk_size must be at least 1, dt_limit 0 <= low <= high: "
+                             f"got {chunk_size}, {dt_limit}")
+        state, starts = initial_states, None
         with no_autocast(x.device):
-            for tensor in (x, dt, A, B, C):
-                dtype = torch.promote_types(dtype, tensor.dtype)
+            dtypes = (t.dtype for t in (x, dt, A, B, C))
+            dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
             dt, A, B, C = (t.to(dtype) for t in (dt, A, B, C))
             if dt_bias is not None:
                 dt = dt + dt_bias.to(dtype)
@@ -63,7 +68,6 @@ def with_options(form):
     ssd.__name__ = form.__name__
     ssd.__doc__ = form.__doc__ + """
 
-    x (b, l, h, p), dt (b, l, h), A (h), B and C (b, l, g, n), where g divides h.
     chunk_size: tokens per chunk, at least 1. It changes the speed; two of the forms ignore it.
     D (h) or (h, p): skip, y + D x. z (b, l, h, p): gate, y silu(z), after the skip.
     dt_bias (h), dt_softplus, dt_limit: the step is clamp(softplus(dt + dt_bias), *dt_limit).
@@ -71,22 +75,8 @@ def with_options(form):
     seq_idx (b, l), integer: several sequences packed in one row; where the number changes, the
         state is emptied. The initial state belongs to the first sequence.
     Returns y (b, l, h, p) in the dtype of x; with return_final_states also the last state
-    (b, h, p, n), in at least float32. Raises ValueError where a shape does not fit."""
+    (b, h, p, n), in at least float32."""
     return ssd
-
-
-def check(chunk_size, dt_limit, **tensors):
-    (b, l, h, p), (g, n) = tensors["x"].shape, tensors["B"].shape[2:]
-    if h % g or chunk_size < 1 or not 0 <= dt_limit[0] <= dt_limit[1]:
-        raise ValueError("ngroups must divide nheads, chunk_size be at least 1, dt_limit 0 <= low "
-                         f"<= high: got {g}, {h}, {chunk_size}, {dt_limit}")
-    fits = {"x": (b, l, h, p), "dt": (b, l, h), "A": (h,), "B": (b, l, g, n), "C": (b, l, g, n),
-            "D": (h,), "z": (b, l, h, p), "dt_bias": (h,), "initial_states": (b, h, p, n),
-            "seq_idx": (b, l)}
-    for name, tensor in tensors.items():
-        shape = fits[name] if tensor is None else tuple(tensor.shape)
-        if shape != fits[name] and (name, shape) != ("D", (h, p)):
-            raise ValueError(f"{name} must be {fits[name]} to fit x {(b, l, h, p)}, got {shape}")
 
 
 def no_autocast(device):
@@ -332,22 +322,24 @@ def ssd_bidirectional(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=Non
 # --- Backends: whose scan runs --------------------------------------------------------------------
 
 BACKENDS = ("torch", "mamba_ssm", "auto")
-FOUND = {}                                      # "scan": mamba-ssm's or None; "why"; "said"
 
 
-def find_official():
-    """Import mamba-ssm's Triton scan, but not the package's __init__: that needs compiled code."""
-    spec = None if "mamba_ssm" in sys.modules else importlib.util.find_spec("mamba_ssm")
-    if spec:
-        sys.modules["mamba_ssm"] = types.ModuleType("mamba_ssm")
-        sys.modules["mamba_ssm"].__path__ = spec.submodule_search_locations
+@functools.cache
+def official_scan():
+    """mamba-ssm's Triton scan and "", or None and the reason why it cannot be had."""
+    stub = types.ModuleType("mamba_ssm")        # the package's own __init__ needs compiled code
     try:
-        module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-        FOUND.update(scan=module.mamba_chunk_scan_combined, why="")
+        stub.__path__ = importlib.util.find_spec("mamba_ssm").submodule_search_locations
+        with mock.patch.dict(sys.modules, {"mamba_ssm": sys.modules.get("mamba_ssm", stub)}):
+            module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+        return module.mamba_chunk_scan_combined, ""
     except Exception as error:                  # a broken installation fails in many ways
-        FOUND.update(scan=None, why=f"{type(error).__name__}: {error}")
-    for name in [name for name in sys.modules if spec and name.split(".")[0] == "mamba_ssm"]:
-        del sys.modules[name]                   # whoever imports it next gets the real package
+        return None, f"{type(error).__name__}: {error}"
+
+
+@functools.cache
+def say_once(line):
+    print(line, file=sys.stderr)
 
 
 def choose_scan(backend, device, dtype=torch.float32):
@@ -357,16 +349,13 @@ def choose_scan(backend, device, dtype=torch.float32):
     if backend not in BACKENDS:
         raise ValueError(f"backend must be a function or one of {BACKENDS}, got {backend!r}")
     on_gpu = device.type == "cuda" and dtype != torch.float64       # the kernels know no float64
-    if "scan" not in FOUND and (on_gpu or backend == "mamba_ssm"):
-        find_official()
-    scan = FOUND.get("scan") if on_gpu else None
+    scan, why = official_scan() if on_gpu else (None, "")
     if backend == "mamba_ssm" and not scan:
         raise ValueError(f'backend "mamba_ssm" cannot run on {device} in {dtype}. It needs a GPU, '
                          "triton, and MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-build-isolation "
-                         f"--no-deps mamba-ssm. {FOUND['why']}")
-    if backend == "auto" and "said" not in FOUND and not torch.compiler.is_compiling():
-        FOUND["said"] = True
-        print("scan on", device, "by", "mamba_ssm" if scan else "torch", file=sys.stderr)
+                         f"--no-deps mamba-ssm. {why}")
+    if backend == "auto" and not torch.compiler.is_compiling():
+        say_once(f"scan on {device} by {'mamba_ssm' if scan else 'torch'}")
     return scan or ssd_chunked
 
 
@@ -379,17 +368,15 @@ class Mamba2(nn.Module):
     last d_conv tokens; then the scan, the gated norm, and the projection back. The parameters are
     those of `mamba_ssm.modules.mamba2.Mamba2`: a state_dict of the one loads into the other."""
 
-    share_ahead = 0                             # of the convolution's taps: they read later tokens
+    both_directions = False
 
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1,
                  A_init_range=(1, 16), dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4,
                  dt_limit=(0.0, INF), bias=False, conv_bias=True, chunk_size=32, backend="auto"):
         super().__init__()
         d_inner = int(expand * d_model)
-        if min(d_inner, d_state, d_conv, headdim, ngroups, chunk_size) < 1:
-            raise ValueError("the sizes of Mamba2 must be at least 1")
-        if d_inner % (headdim * ngroups):
-            raise ValueError("headdim * ngroups must divide expand * d_model: "
+        if min(d_inner, d_state, d_conv, headdim, ngroups) < 1 or d_inner % (headdim * ngroups):
+            raise ValueError("sizes must be at least 1, headdim * ngroups divide expand * d_model: "
                              f"got {headdim} * {ngroups} and {d_inner}")
         self.d_model, self.d_inner, self.d_state, self.d_conv = d_model, d_inner, d_state, d_conv
         self.headdim, self.ngroups, self.nheads = headdim, ngroups, d_inner // headdim
@@ -417,22 +404,22 @@ class Mamba2(nn.Module):
         x, B, C = F.silu(self.convolve(xBC, seq_idx)).split([self.d_inner, d_bc, d_bc], -1)
         x = x.unflatten(-1, (-1, self.headdim))                             # (b, l, h, p)
         B, C = (t.unflatten(-1, (self.ngroups, -1)) for t in (B, C))        # (b, l, g, n)
-        options = {} if seq_idx is None else {"seq_idx": seq_idx}
         A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
-        y = self.mix(choose_scan(self.backend, u.device, u.dtype), x, dt, A, B, C, self.chunk_size,
-                     D=self.D, dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit,
-                     **options)
+        scan, packed = choose_scan(self.backend, u.device, u.dtype), {}
+        if self.both_directions:
+            scan = functools.partial(ssd_bidirectional, scan=scan)
+        if seq_idx is not None:
+            packed = {"seq_idx": seq_idx}
+        y = scan(x, dt, A, B, C, self.chunk_size, D=self.D, dt_bias=self.dt_bias,
+                 dt_softplus=True, dt_limit=self.dt_limit, **packed)        # (b, l, h, p)
         y = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.ngroups, -1))    # RMS norm per group
         y = F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(-2) * self.norm.weight
         return self.out_proj(y)
 
-    def mix(self, scan, *arguments, **options):
-        return scan(*arguments, **options)
-
     def convolve(self, x, seq_idx):
         """conv1d as d_conv shifted multiply-adds: several times faster on CPUs. x (b, l, d)."""
         l, k = x.shape[1], self.d_conv
-        ahead = int(k * self.share_ahead)
+        ahead = k // 2 if self.both_directions else 0       # taps that read later tokens
         padded = F.pad(x, (0, 0, k - 1 - ahead, ahead))
         weight = self.conv1d.weight[:, 0].mT.to(x.dtype)                    # (k, d)
         out = x.new_zeros(1) if self.conv1d.bias is None else self.conv1d.bias.to(x.dtype)
@@ -452,10 +439,7 @@ class BidirectionalMamba2(Mamba2):
     Mamba2 loads, and their outputs are added before the gated norm. The convolution looks to both
     sides: with d_conv = 4 at one token before, the token itself and two after."""
 
-    share_ahead = 0.5
-
-    def mix(self, scan, *arguments, **options):
-        return ssd_bidirectional(*arguments, scan=scan, **options)
+    both_directions = True
 
 
 if __name__ == "__main__":
