@@ -16,17 +16,14 @@ entry by entry). All three are the same function; the recurrence in float64 is t
 
     b batch   l length   h heads   p headdim   n d_state   g groups of heads that share B and C
     r = h / g heads of a group     c chunks    Q chunk_size    i, j positions    h_t: the state
-
     x, y, z (b, l, h, p)   dt (b, l, h)   A (h)   B, C (b, l, g, n)   state (b, h, p, n)
 """
-import contextlib
 import functools
 import importlib
 import importlib.util
 import math
 import sys
 import types
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +40,10 @@ def with_options(form):
     def ssd(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None, initial_states=None,
             seq_idx=None, dt_softplus=False, dt_limit=(0.0, INF), return_final_states=False):
         if dt.shape != x.shape[:3] or B.shape != C.shape or x.shape[2] % B.shape[2]:
-            raise ValueError("x must be (b, l, h, p), dt (b, l, h), B and C (b, l, g, n), g divide h: "
+            raise ValueError("dt must be (b, l, h), B and C (b, l, g, n), g divide h: "
                              f"got {[tuple(t.shape) for t in (x, dt, B, C)]}")
         if chunk_size < 1 or not 0 <= dt_limit[0] <= dt_limit[1]:
-            raise ValueError("chunk_size must be at least 1, dt_limit 0 <= low <= high: "
-                             f"got {chunk_size}, {dt_limit}")
-        state, starts = initial_states, None
+            raise ValueError(f"chunk_size or dt_limit cannot be {chunk_size}, {dt_limit}")
         with no_autocast(x.device):
             dtypes = (t.dtype for t in (x, dt, A, B, C))
             dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
@@ -56,6 +51,7 @@ def with_options(form):
             if dt_bias is not None:
                 dt = dt + dt_bias.to(dtype)
             dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+            state, starts = initial_states, None
             if state is None:
                 state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
             if seq_idx is not None:
@@ -81,9 +77,8 @@ def with_options(form):
 
 def no_autocast(device):
     """In bfloat16 a running sum stops moving once it is 256 times what is added."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)   # TF32: see set_float32_matmul_precision
+    # TF32 is another matter: see torch.set_float32_matmul_precision.
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def skip_and_gate(y, x, D, z):
@@ -98,7 +93,7 @@ def skip_and_gate(y, x, D, z):
 # --- Form 1: the recurrence, the judge ------------------------------------------------------------
 
 @with_options
-def ssd_recurrent(x, dt, a, B, C, state, starts, chunk_size):
+def ssd_recurrent(x, dt, a, B, C, state, starts, Q):
     """The recurrence, one token at a time: slow, obvious, in float64 the judge of all else."""
     v, a, B, C = per_head(x, dt, a, B, C, starts)
     ys = []
@@ -110,7 +105,7 @@ def ssd_recurrent(x, dt, a, B, C, state, starts, chunk_size):
 
 
 def per_head(x, dt, a, B, C, starts):
-    """v, a, and B, C (b, l, h, n); a decay of exp(-inf) = 0 empties the state at `starts`."""
+    """v, a, and B, C (b, l, h, n). A decay of exp(-inf) = 0 empties the state at `starts`."""
     a = a if starts is None else a.masked_fill(starts[..., None], -INF)
     B, C = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (B, C))
     return dt[..., None] * x, a, B, C
@@ -121,10 +116,8 @@ def per_head(x, dt, a, B, C, starts):
 def segment_sums(a):
     """(..., l) -> (..., l, l): a_{j+1} + ... + a_i for i >= j, and -inf above the diagonal.
 
-    Summed term by term: a difference of two running sums would lose digits. The mask goes in before
-    the exponential: exp of a large positive entry above the diagonal would overflow, and masking it
-    to 0 afterwards gives 0 * inf = NaN in the backward pass.
-    """
+    Summed term by term: a difference of two running sums would lose digits. Masked before the
+    exponential: it would overflow, and 0 * inf = NaN would follow in the backward pass."""
     l = a.shape[-1]
     lower = torch.ones(l, l, dtype=torch.bool, device=a.device).tril()
     sums = a[..., None].expand(*a.shape, l).masked_fill(~lower.tril(-1), 0).cumsum(-2)
@@ -132,7 +125,7 @@ def segment_sums(a):
 
 
 @with_options
-def ssd_quadratic(x, dt, a, B, C, state, starts, chunk_size):
+def ssd_quadratic(x, dt, a, B, C, state, starts, Q):
     """The same as one lower-triangular attention matrix per head: O(l^2) time and memory.
 
     L o (C B^T) is attention without softmax: C asks, B answers, v is the value, and L forgets."""
@@ -152,10 +145,10 @@ def masked_matrix(v, a, B, C, state):
 # --- Form 3: chunks, or why this is linear --------------------------------------------------------
 
 @with_options
-def ssd_chunked_plain(x, dt, a, B, C, state, starts, chunk_size):
+def ssd_chunked_plain(x, dt, a, B, C, state, starts, Q):
     """The matrix inside each chunk, the state from chunk to chunk: the twin of `ssd_chunked`."""
     ys, inputs = [], per_head(x, dt, a, B, C, starts)
-    for chunk in zip(*(t.split(chunk_size, 1) for t in inputs)):
+    for chunk in zip(*(t.split(Q, 1) for t in inputs)):
         y, state = masked_matrix(*chunk, state)
         ys.append(y)
     return torch.cat(ys, 1), state
@@ -167,14 +160,14 @@ SEGMENT = {"cpu": 2**18, "other": 2**28}        # numbers in the largest tensor 
 
 
 @with_options
-def ssd_chunked(x, dt, a, B, C, state, starts, chunk_size):
+def ssd_chunked(x, dt, a, B, C, state, starts, Q):
     """The chunked scan, O(length) in time and memory: what the layers run on."""
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     # N = b g rows: the r heads of a group are the columns of one wide product with B or C.
     state = state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3).reshape(b * g, n, -1)
     if starts is not None:
-        starts = in_chunks(starts[..., None].expand(b, l, g), chunk_size, g)
-    x, dt, a, B, C = (in_chunks(t, chunk_size, g) for t in (x, dt, a, B, C))
+        starts = in_chunks(starts[..., None].expand(b, l, g), Q, g)         # (N, c, Q, 1)
+    x, dt, a, B, C = (in_chunks(t, Q, g) for t in (x, dt, a, B, C))         # x (N, c, Q, r, p)
     y, state = FastScan.apply(x, dt, a, B.squeeze(3), C.squeeze(3), state, starts)
     y = y.unflatten(0, (b, g)).movedim(1, 3).flatten(3, 4).flatten(1, 2)    # (b, c Q, h, p)
     return y[:, :l], state.unflatten(2, (-1, p)).permute(0, 2, 3, 1).reshape(b, h, p, n)
@@ -191,8 +184,8 @@ def in_chunks(t, Q, g):
 def carry(decay, states):
     """Step 3, in place: states[j + 1] += decay[j] states[j], from the first border to the last.
 
-    Pairs of chunks count as one chunk, and these are carried in the same way; then follow the
-    borders inside the pairs. The number of operations grows with the logarithm of the length."""
+    Pairs of chunks are carried like single ones, then the borders inside the pairs follow: the
+    number of operations grows with the logarithm of the length."""
     even, odd, pairs = states[:, ::2], states[:, 1::2], decay.shape[1] // 2
     if pairs:
         even[:, 1:].addcmul_(decay[:, 1::2], odd[:, :pairs])
@@ -200,20 +193,11 @@ def carry(decay, states):
     odd.addcmul_(decay[:, ::2], even[:, : odd.shape[1]])
 
 
-def carry_back(decay, states):
-    """The same from the last border to the first: states[j] += decay[j] states[j + 1]."""
-    even, odd, pairs = states[:, ::2], states[:, 1::2], decay.shape[1] // 2
-    even[:, : odd.shape[1]].addcmul_(decay[:, ::2], odd)
-    if pairs:
-        carry_back(decay[:, : 2 * pairs : 2] * decay[:, 1::2], even)
-        odd[:, :pairs].addcmul_(decay[:, 1::2], even[:, 1:])
-
-
 class Chunks:
     """What both passes need: the decays, for all chunks, and the matrices, for some."""
 
     def __init__(self, x, dt, a, B, C, starts):
-        N, c, Q, r = a.shape
+        (N, c, Q, r), p, n = a.shape, x.shape[4], B.shape[3]
         self.inputs, self.dt_heads = (x, B, C), dt.mT.contiguous()          # (N, c, r, Q)
         # exp(a) as 2^(a log2 e): the same, and several times faster on CPUs. 2^least is 0.
         least = 1.2 * math.log2(torch.finfo(a.dtype).tiny)
@@ -222,31 +206,31 @@ class Chunks:
         # Above the diagonal they are positive, and elsewhere by rounding, so they are cut before
         # exp: at 0, unless A > 0 lets the state grow.
         sums, most = log.cumsum(2), log.clamp(min=0).sum(2, keepdim=True)
-        into, out = sums.exp2(), (sums[:, :, -1:] - sums).clamp(max=most).exp2()
         self.sums, self.most = sums.mT.contiguous(), most.mT[..., None]     # (N, c, r, Q)
-        self.mask = a.new_ones(Q, Q).tril().expand(N, c, Q, Q)              # who may read whom
-        if starts is not None:                              # no decay crosses a sequence's start
+        # Decays from a chunk's start to a token, and from there to the end; who may read whom.
+        into, out = sums.exp2(), (sums[:, :, -1:] - sums).clamp(max=most).exp2()
+        self.mask = a.new_ones(Q, Q).tril().expand(N, c, Q, Q)
+        if starts is not None:                              # nothing crosses a sequence's start
             passed = starts.cumsum(2)                                       # (N, c, Q, 1)
-            into, out = into.masked_fill(passed > 0, 0), out.masked_fill(passed < passed[:, :, -1:], 0)
+            into = into.masked_fill(passed > 0, 0)
+            out = out.masked_fill(passed < passed[:, :, -1:], 0)
             self.mask = self.mask * (passed == passed.mT)
-        # From a chunk's start to a token; from there to the end, times dt; over the whole chunk.
-        self.into, self.weight, self.out = into[..., None], (out * dt)[..., None], out[..., None]
-        self.total = into[:, :, -1:]                                        # (N, c, 1, r)
+        self.into, self.out, self.weight = into[..., None], out[..., None], (out * dt)[..., None]
         # A segment stays in a CPU's cache; a GPU takes far more chunks at a time.
         size = SEGMENT["cpu" if x.device.type == "cpu" else "other"]
-        step = max(1, size // (N * r * max(Q * Q, Q * x.shape[4], x.shape[4] * B.shape[3])))
+        step = max(1, size // (N * r * max(Q * Q, Q * p, p * n)))
         self.segments = [slice(i, min(i + step, c)) for i in range(0, c, step)]
 
     def cut(self, k):
-        """Of the chunks k: x, B, C, v = dt x (N, k, r, Q, p), out v (N, k, Q, r p), the decay of
-        a chunk (N, k, 1, r p), L (N, k, r, Q, Q) and C B^T (N, k, 1, Q, Q), masked for all heads."""
+        """Of the chunks k: B, C, v = dt x (N, k, r, Q, p), out v (N, k, Q, r p), the decay of a
+        chunk (N, k, 1, r p), L (N, k, r, Q, Q), and the masked C B^T of all r heads."""
         x, B, C = (t[:, k] for t in self.inputs)
         v = self.dt_heads[:, k, ..., None] * x.transpose(2, 3)
+        decay = self.into[:, k, -1:, :, 0].repeat_interleave(x.shape[4], 3)
         L = self.sums[:, k, :, :, None] - self.sums[:, k, :, None]
         L = L.clamp_(max=self.most[:, k]).exp2_()
-        G = (C @ B.mT).mul_(self.mask[:, k])[:, :, None]
-        total = self.total[:, k].repeat_interleave(x.shape[4], 3)
-        return x, B, C, v, (self.weight[:, k] * x).flatten(3), total, L, G
+        G = (C @ B.mT).mul_(self.mask[:, k])[:, :, None]                    # (N, k, 1, Q, Q)
+        return B, C, v, (self.weight[:, k] * x).flatten(3), decay, L, G
 
 
 class FastScan(torch.autograd.Function):
@@ -257,11 +241,11 @@ class FastScan(torch.autograd.Function):
     def forward(ctx, x, dt, a, B, C, state, starts):
         chunks, borders, y = Chunks(x, dt, a, B, C, starts), [], dt.new_empty(x.shape)
         for k in chunks.segments:
-            _, B_k, C_k, v, out_v, total, L, G = chunks.cut(k)
+            B_k, C_k, v, out_v, decay, L, G = chunks.cut(k)
             H = torch.cat([state[:, None], B_k.mT @ out_v], 1)              # (N, k + 1, n, r p)
-            carry(total, H)
+            carry(decay, H)
             y[:, k] = (L.mul_(G) @ v).transpose(2, 3)                       # (N, k, Q, r, p)
-            y[:, k].addcmul_(chunks.into[:, k], (C_k @ H[:, :-1]).view(y[:, k].shape))
+            y[:, k].addcmul_(chunks.into[:, k], (C_k @ H[:, :-1]).unflatten(3, x.shape[3:]))
             state = H[:, -1]
             if any(ctx.needs_input_grad):
                 borders.append(H)
@@ -270,43 +254,39 @@ class FastScan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dstate):
-        with no_autocast(dy.device):
-            return FastScan.gradients(*ctx.saved_tensors, dy=dy, dstate=dstate)
-
-    @staticmethod
-    def gradients(x, dt, a, B, C, starts, *borders, dy, dstate):
-        chunks, p = Chunks(x, dt, a, B, C, starts), x.shape[4]
+    def backward(ctx, dy, dH):
+        x, dt, a, B, C, starts, *borders = ctx.saved_tensors
         dx, ddt, da, dB, dC = (dt.new_empty(t.shape) for t in (x, dt, a, B, C))
-        for k, H in reversed(list(zip(chunks.segments, borders))):
-            x_k, B_k, C_k, v, out_v, total, L, G = chunks.cut(k)
-            # The gradient of the states runs against the states, through the same decays.
-            into_dy = (chunks.into[:, k] * dy[:, k]).flatten(3)             # (N, k, Q, r p)
-            dH = torch.cat([C_k.mT @ into_dy, dstate[:, None]], 1)          # (N, k + 1, n, r p)
-            carry_back(total, dH)
-            H, dH, dstate = H[:, :-1], dH[:, 1:], dH[:, 0]                  # entering, leaving
-            # y = M v + into (C H) with M = L o G, G = C B^T; a chunk adds B^T (out v) to the state.
-            dy_k = dy[:, k].transpose(2, 3).contiguous()                    # (N, k, r, Q, p)
-            dM = (dy_k @ v.mT).mul_(L)                                      # dM o L
-            dG = dM.sum(2).mul_(chunks.mask[:, k])                          # (N, k, Q, Q)
-            dC[:, k] = dG @ B_k + into_dy @ H.mT
-            dB[:, k] = dG.mT @ C_k + out_v @ dH.mT
-            dv, B_dH = dx[:, k], B_k @ dH                                   # dx is dt dv
-            dv.copy_((L.mul_(G).mT @ dy_k).transpose(2, 3))                 # (N, k, Q, r, p)
-            dv.addcmul_(chunks.out[:, k], B_dH.view(dv.shape))
-            ddt[:, k] = (x_k * dv).sum(-1)
-            dv.mul_(dt[:, k, ..., None])
-            # The exponent of L_ij sums a over j+1..i: dM_ij M_ij is a gradient for each of these,
-            # so rows minus columns are summed up. Those of into and out span the tokens up to i,
-            # and after j. The diagonal has exponent 0; it would cancel, but not without rounding.
-            dM = dM.mul_(G.tril(-1))
-            d_into = (into_dy * (C_k @ H)).unflatten(3, (-1, p)).sum(-1)    # (N, k, Q, r)
-            d_out = (out_v * B_dH).unflatten(3, (-1, p)).sum(-1)
-            d_total = ((H * dH).sum(2, keepdim=True) * total).unflatten(3, (-1, p)).sum(-1)
-            up_to = ((dM.sum(-1) - dM.sum(-2)).mT + d_into).flip(2).cumsum(2).flip(2)
-            after = F.pad(d_out.cumsum(2)[:, :, :-1], (0, 0, 1, 0))
-            da[:, k] = up_to + after + d_total
-        return dx.to(x.dtype), ddt, da, dB, dC, dstate, None
+        with no_autocast(dy.device):
+            chunks, heads = Chunks(x, dt, a, B, C, starts), x.shape[3:]
+            for k, H in reversed(list(zip(chunks.segments, borders))):
+                B_k, C_k, v, out_v, decay, L, G = chunks.cut(k)
+                # The gradient of the states runs against the states, through the same decays.
+                into_dy = (chunks.into[:, k] * dy[:, k]).flatten(3)         # (N, k, Q, r p)
+                dH = torch.cat([dH[:, None], (C_k.mT @ into_dy).flip(1)], 1)    # (N, k + 1, n, r p)
+                carry(decay.flip(1), dH)
+                H, leaving, dH = H[:, :-1], dH[:, :-1].flip(1), dH[:, -1]
+                # y = M v + into (C H), M = L o G, G = C B^T; a chunk adds B^T (out v) to the state.
+                dy_k = dy[:, k].transpose(2, 3).contiguous()                # (N, k, r, Q, p)
+                dM = (dy_k @ v.mT).mul_(L)                                  # dM o L
+                dG = dM.sum(2).mul_(chunks.mask[:, k])                      # (N, k, Q, Q)
+                dC[:, k] = dG @ B_k + into_dy @ H.mT
+                dB[:, k] = dG.mT @ C_k + out_v @ leaving.mT
+                d_out_v = B_k @ leaving                                     # (N, k, Q, r p)
+                dv = dx[:, k].copy_((L.mul_(G).mT @ dy_k).transpose(2, 3))  # (N, k, Q, r, p)
+                dv.addcmul_(chunks.out[:, k], d_out_v.unflatten(3, heads))
+                ddt[:, k] = (x[:, k] * dv).sum(-1)
+                dv.mul_(dt[:, k, ..., None])                                # now dx
+                # dM_ij M_ij is a gradient of the exponent of L_ij, which sums a over j+1..i: rows
+                # minus columns are summed up. Those of into and out span the tokens up to i, and
+                # after j. The diagonal has exponent 0; it would cancel, but not without rounding.
+                dM = dM.mul_(G.tril(-1))
+                d_into = (into_dy * (C_k @ H)).unflatten(3, heads).sum(-1)  # (N, k, Q, r)
+                d_out = (out_v * d_out_v).unflatten(3, heads).sum(-1)
+                d_decay = ((H * leaving).sum(2, keepdim=True) * decay).unflatten(3, heads).sum(-1)
+                up_to = ((dM.sum(-1) - dM.sum(-2)).mT + d_into).flip(2).cumsum(2).flip(2)
+                da[:, k] = up_to + F.pad(d_out.cumsum(2)[:, :, :-1], (0, 0, 1, 0)) + d_decay
+        return dx.to(x.dtype), ddt, da, dB, dC, dH, None
 
 
 def ssd_bidirectional(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None,
@@ -322,6 +302,7 @@ def ssd_bidirectional(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=Non
 # --- Backends: whose scan runs --------------------------------------------------------------------
 
 BACKENDS = ("torch", "mamba_ssm", "auto")
+say_once = functools.cache(print)
 
 
 @functools.cache
@@ -329,17 +310,16 @@ def official_scan():
     """mamba-ssm's Triton scan and "", or None and the reason why it cannot be had."""
     stub = types.ModuleType("mamba_ssm")        # the package's own __init__ needs compiled code
     try:
-        stub.__path__ = importlib.util.find_spec("mamba_ssm").submodule_search_locations
-        with mock.patch.dict(sys.modules, {"mamba_ssm": sys.modules.get("mamba_ssm", stub)}):
-            module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+        spec = importlib.util.find_spec("mamba_ssm")
+        stub.__path__ = spec.submodule_search_locations if spec else []
+        sys.modules.setdefault("mamba_ssm", stub)
+        module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
         return module.mamba_chunk_scan_combined, ""
     except Exception as error:                  # a broken installation fails in many ways
         return None, f"{type(error).__name__}: {error}"
-
-
-@functools.cache
-def say_once(line):
-    print(line, file=sys.stderr)
+    finally:                                    # whoever imports it next gets the real package
+        if sys.modules.get("mamba_ssm") is stub:
+            del sys.modules["mamba_ssm"]
 
 
 def choose_scan(backend, device, dtype=torch.float32):
@@ -355,7 +335,7 @@ def choose_scan(backend, device, dtype=torch.float32):
                          "triton, and MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-build-isolation "
                          f"--no-deps mamba-ssm. {why}")
     if backend == "auto" and not torch.compiler.is_compiling():
-        say_once(f"scan on {device} by {'mamba_ssm' if scan else 'torch'}")
+        say_once(f"scan on {device} by {'mamba_ssm' if scan else 'torch'}", file=sys.stderr)
     return scan or ssd_chunked
 
 
@@ -397,19 +377,16 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
     def forward(self, u, seq_idx=None):
-        if u.dim() != 3 or u.shape[-1] != self.d_model:
-            raise ValueError(f"u must be (batch, length, {self.d_model}), got {tuple(u.shape)}")
         d_bc = self.ngroups * self.d_state
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.d_inner + 2 * d_bc, self.nheads], -1)
         x, B, C = F.silu(self.convolve(xBC, seq_idx)).split([self.d_inner, d_bc, d_bc], -1)
         x = x.unflatten(-1, (-1, self.headdim))                             # (b, l, h, p)
         B, C = (t.unflatten(-1, (self.ngroups, -1)) for t in (B, C))        # (b, l, g, n)
         A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
-        scan, packed = choose_scan(self.backend, u.device, u.dtype), {}
+        packed = {} if seq_idx is None else {"seq_idx": seq_idx}
+        scan = choose_scan(self.backend, u.device, u.dtype)
         if self.both_directions:
             scan = functools.partial(ssd_bidirectional, scan=scan)
-        if seq_idx is not None:
-            packed = {"seq_idx": seq_idx}
         y = scan(x, dt, A, B, C, self.chunk_size, D=self.D, dt_bias=self.dt_bias,
                  dt_softplus=True, dt_limit=self.dt_limit, **packed)        # (b, l, h, p)
         y = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.ngroups, -1))    # RMS norm per group
