@@ -70,8 +70,7 @@ def with_options(form):
     initial_states (b, h, p, n): the state before the first token.
     seq_idx (b, l), integer: several sequences packed in one row; where the number changes, the
         state is emptied. The initial state belongs to the first sequence.
-    Returns y (b, l, h, p) in the dtype of x; with return_final_states also the last state
-    (b, h, p, n), in at least float32."""
+    Returns y in the dtype of x; with return_final_states also the last state, in float32 or more."""
     return ssd
 
 
@@ -411,7 +410,6 @@ class Mamba2(nn.Module):
 
 class BidirectionalMamba2(Mamba2):
     """Mamba2 in both directions: every output sees every token.
-
     Choice, the paper being silent: both directions share all weights, so that a state_dict of
     Mamba2 loads, and their outputs are added before the gated norm. The convolution looks to both
     sides: with d_conv = 4 at one token before, the token itself and two after."""
