@@ -70,7 +70,7 @@ def with_options(form):
     initial_states (b, h, p, n): the state before the first token.
     seq_idx (b, l), integer: several sequences packed in one row; where the number changes, the
         state is emptied. The initial state belongs to the first sequence.
-    Returns y in the dtype of x; with return_final_states also the last state, in float32 or more."""
+    Returns y in the dtype of x; with return_final_states also the last state, at least float32."""
     return ssd
 
 
