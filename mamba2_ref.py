@@ -16,10 +16,9 @@ entry by entry). All three are the same function; the recurrence in float64 is t
 
     b batch   l length   h heads   p headdim   n d_state   g groups of heads that share B and C
     r = h / g heads of a group     c chunks    Q chunk_size    i, j positions    h_t: the state
-
     x, y, z (b, l, h, p)   dt (b, l, h)   A (h)   B, C (b, l, g, n)   state (b, h, p, n)
 """
-import contextlib
+import functools
 import importlib
 import importlib.util
 import math
@@ -36,20 +35,23 @@ INF = math.inf
 # --- What mamba-ssm adds around the scan, for all forms -------------------------------------------
 
 def with_options(form):
-    """Give a form, of the final steps dt, a = dt A, and `starts` (b, l), True where a packed
-    sequence begins, the arguments of mamba-ssm's scan."""
+    """Give a form the arguments of mamba-ssm's scan. The form sees the final steps dt, a = dt A,
+    the first state, and `starts` (b, l), True where a packed sequence begins, or None."""
     def ssd(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None, initial_states=None,
             seq_idx=None, dt_softplus=False, dt_limit=(0.0, INF), return_final_states=False):
-        check(chunk_size, dt_limit, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
-              initial_states=initial_states, seq_idx=seq_idx)
-        state, starts, dtype = initial_states, None, torch.float32
+        if dt.shape != x.shape[:3] or B.shape != C.shape or x.shape[2] % B.shape[2]:
+            raise ValueError("dt must be (b, l, h), B and C (b, l, g, n), g divide h: "
+                             f"got {[tuple(t.shape) for t in (x, dt, B, C)]}")
+        if chunk_size < 1 or not 0 <= dt_limit[0] <= dt_limit[1]:
+            raise ValueError(f"chunk_size or dt_limit cannot be {chunk_size}, {dt_limit}")
         with no_autocast(x.device):
-            for tensor in (x, dt, A, B, C):
-                dtype = torch.promote_types(dtype, tensor.dtype)
-            dt, A, B, C = dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
+            dtypes = (t.dtype for t in (x, dt, A, B, C))
+            dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+            dt, A, B, C = (t.to(dtype) for t in (dt, A, B, C))
             if dt_bias is not None:
                 dt = dt + dt_bias.to(dtype)
             dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+            state, starts = initial_states, None
             if state is None:
                 state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
             if seq_idx is not None:
@@ -62,41 +64,20 @@ def with_options(form):
     ssd.__name__ = form.__name__
     ssd.__doc__ = form.__doc__ + """
 
-    x (b, l, h, p), dt (b, l, h), A (h), B and C (b, l, g, n), where g divides h.
     chunk_size: tokens per chunk, at least 1. It changes the speed; two of the forms ignore it.
     D (h) or (h, p): skip, y + D x. z (b, l, h, p): gate, y silu(z), after the skip.
     dt_bias (h), dt_softplus, dt_limit: the step is clamp(softplus(dt + dt_bias), *dt_limit).
     initial_states (b, h, p, n): the state before the first token.
     seq_idx (b, l), integer: several sequences packed in one row; where the number changes, the
         state is emptied. The initial state belongs to the first sequence.
-    Returns y (b, l, h, p) in the dtype of x; with return_final_states also the last state
-    (b, h, p, n), in at least float32. Raises ValueError where a shape does not fit."""
+    Returns y in the dtype of x; with return_final_states also the last state, at least float32."""
     return ssd
-
-
-def check(chunk_size, dt_limit, **tensors):
-    x, B = tensors["x"], tensors["B"]
-    if x.dim() != 4 or B.dim() != 4 or 0 in x.shape + B.shape or x.shape[2] % B.shape[2]:
-        raise ValueError("x must be (batch, length, nheads, headdim), B (batch, length, ngroups, "
-                         f"d_state), ngroups divide nheads: got {tuple(x.shape)}, {tuple(B.shape)}")
-    if chunk_size < 1 or not 0 <= dt_limit[0] <= dt_limit[1]:
-        raise ValueError("chunk_size must be at least 1, dt_limit 0 <= low <= high: "
-                         f"got {chunk_size}, {dt_limit}")
-    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    fits = {"x": (b, l, h, p), "dt": (b, l, h), "A": (h,), "B": (b, l, g, n), "C": (b, l, g, n),
-            "D": (h,), "z": (b, l, h, p), "dt_bias": (h,), "initial_states": (b, h, p, n),
-            "seq_idx": (b, l)}
-    for name, tensor in tensors.items():
-        shape = fits[name] if tensor is None else tuple(tensor.shape)
-        if shape != fits[name] and (name, shape) != ("D", (h, p)):
-            raise ValueError(f"{name} must be {fits[name]} to fit x {tuple(x.shape)}, got {shape}")
 
 
 def no_autocast(device):
     """In bfloat16 a running sum stops moving once it is 256 times what is added."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)   # TF32: see set_float32_matmul_precision
+    # TF32 is another matter: see torch.set_float32_matmul_precision.
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def skip_and_gate(y, x, D, z):
@@ -111,7 +92,7 @@ def skip_and_gate(y, x, D, z):
 # --- Form 1: the recurrence, the judge ------------------------------------------------------------
 
 @with_options
-def ssd_recurrent(x, dt, a, B, C, state, starts, chunk_size):
+def ssd_recurrent(x, dt, a, B, C, state, starts, Q):
     """The recurrence, one token at a time: slow, obvious, in float64 the judge of all else."""
     v, a, B, C = per_head(x, dt, a, B, C, starts)
     ys = []
@@ -123,7 +104,7 @@ def ssd_recurrent(x, dt, a, B, C, state, starts, chunk_size):
 
 
 def per_head(x, dt, a, B, C, starts):
-    """v, a, and B, C (b, l, h, n); a decay of exp(-inf) = 0 empties the state at `starts`."""
+    """v, a, and B, C (b, l, h, n). A decay of exp(-inf) = 0 empties the state at `starts`."""
     a = a if starts is None else a.masked_fill(starts[..., None], -INF)
     B, C = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (B, C))
     return dt[..., None] * x, a, B, C
@@ -134,10 +115,8 @@ def per_head(x, dt, a, B, C, starts):
 def segment_sums(a):
     """(..., l) -> (..., l, l): a_{j+1} + ... + a_i for i >= j, and -inf above the diagonal.
 
-    Summed term by term: a difference of two running sums would lose digits. The mask goes in before
-    the exponential: exp of a large positive entry above the diagonal would overflow, and masking it
-    to 0 afterwards gives 0 * inf = NaN in the backward pass.
-    """
+    Summed term by term: a difference of two running sums would lose digits. Masked before the
+    exponential: it would overflow, and 0 * inf = NaN would follow in the backward pass."""
     l = a.shape[-1]
     lower = torch.ones(l, l, dtype=torch.bool, device=a.device).tril()
     sums = a[..., None].expand(*a.shape, l).masked_fill(~lower.tril(-1), 0).cumsum(-2)
@@ -145,7 +124,7 @@ def segment_sums(a):
 
 
 @with_options
-def ssd_quadratic(x, dt, a, B, C, state, starts, chunk_size):
+def ssd_quadratic(x, dt, a, B, C, state, starts, Q):
     """The same as one lower-triangular attention matrix per head: O(l^2) time and memory.
 
     L o (C B^T) is attention without softmax: C asks, B answers, v is the value, and L forgets."""
@@ -165,10 +144,10 @@ def masked_matrix(v, a, B, C, state):
 # --- Form 3: chunks, or why this is linear --------------------------------------------------------
 
 @with_options
-def ssd_chunked_plain(x, dt, a, B, C, state, starts, chunk_size):
+def ssd_chunked_plain(x, dt, a, B, C, state, starts, Q):
     """The matrix inside each chunk, the state from chunk to chunk: the twin of `ssd_chunked`."""
     ys, inputs = [], per_head(x, dt, a, B, C, starts)
-    for chunk in zip(*(t.split(chunk_size, 1) for t in inputs)):
+    for chunk in zip(*(t.split(Q, 1) for t in inputs)):
         y, state = masked_matrix(*chunk, state)
         ys.append(y)
     return torch.cat(ys, 1), state
@@ -177,194 +156,169 @@ def ssd_chunked_plain(x, dt, a, B, C, state, starts, chunk_size):
 # --- The same arranged for speed ------------------------------------------------------------------
 
 SEGMENT = {"cpu": 2**18, "other": 2**28}        # numbers in the largest tensor of a segment
-GROUP = 32                                      # chunks whose states one matrix passes on
 
 
 @with_options
-def ssd_chunked(x, dt, a, B, C, state, starts, chunk_size):
+def ssd_chunked(x, dt, a, B, C, state, starts, Q):
     """The chunked scan, O(length) in time and memory: what the layers run on."""
-    return FastScan.apply(x, dt, a, B, C, state, starts, chunk_size)
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    # N = b g rows: the r heads of a group are the columns of one wide product with B or C.
+    state = state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3).reshape(b * g, n, -1)
+    if starts is not None:
+        starts = in_chunks(starts[..., None].expand(b, l, g), Q, g)         # (N, c, Q, 1)
+    x, dt, a, B, C = (in_chunks(t, Q, g) for t in (x, dt, a, B, C))         # x (N, c, Q, r, p)
+    y, state = FastScan.apply(x, dt, a, B.squeeze(3), C.squeeze(3), state, starts)
+    y = y.unflatten(0, (b, g)).movedim(1, 3).flatten(3, 4).flatten(1, 2)    # (b, c Q, h, p)
+    return y[:, :l], state.unflatten(2, (-1, p)).permute(0, 2, 3, 1).reshape(b, h, p, n)
 
 
-def take(t, c, Q):
-    """The chunks c of t: (b, l, h, ...) -> (b h, k, Q, ...). Zeros fill up."""
-    t = t[:, c.start * Q : c.stop * Q]
-    missing = (c.stop - c.start) * Q - t.shape[1]
+def in_chunks(t, Q, g):
+    """(b, l, g r, ...) -> (N, c, Q, r, ...): a view where g = 1 and Q divides l."""
+    missing = -t.shape[1] % Q
     if missing:
-        t = torch.cat([t, t.new_zeros(t.shape[0], missing, *t.shape[2:])], 1)
-    return t.transpose(1, 2).flatten(0, 1).unflatten(1, (-1, Q))
+        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing))
+    return t.unflatten(1, (-1, Q)).unflatten(3, (g, -1)).movedim(3, 1).flatten(0, 1)
 
 
-def put(t, whole, c):
-    """The reverse: t (b h, k, Q, ...) becomes the chunks c of `whole` (b, c Q, h, ...)."""
-    Q, (b, _, h) = t.shape[2], whole.shape[:3]
-    whole[:, c.start * Q : c.stop * Q] = t.flatten(1, 2).unflatten(0, (b, h)).transpose(1, 2)
+def carry(decay, states):
+    """Step 3, in place: states[j + 1] += decay[j] states[j], from the first border to the last.
 
-
-def add_product(t, a, b):
-    """t + a @ b, in place, for two axes of matrices."""
-    t.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
-    return t
-
-
-def carry(decay, added, state):
-    """Step 3: the states that enter k chunks (S, k, s), and the one that leaves the last (S, s).
-    The same trick once more: a matrix of decays inside groups of chunks, then groups of groups.
-    decay (S, k), of whole chunks; added (S, k, s); state (S, s)."""
-    k = decay.shape[1]
-    if k == 1:
-        return state[:, None], added[:, 0] + decay * state
-    K = min(k, GROUP)
-    decay = F.pad(decay, (0, -k % K), value=1).unflatten(1, (-1, K))        # (S, m, K)
-    added = F.pad(added, (0, 0, 0, -k % K)).unflatten(1, (-1, K))           # (S, m, K, s)
-    later = torch.ones(K, K, dtype=torch.bool, device=decay.device).tril(-1)
-    W = torch.where(later, decay[..., None], 1).cumprod(2).tril()           # (S, m, K, K)
-    W = F.threshold(W, 2**-100, 0)                                          # denormals are slow
-    into = W[..., 0] * decay[..., :1]                                       # (S, m, K)
-    ends = (W[:, :, -1:] @ added).squeeze(2)                                # (S, m, s)
-    entering, final = carry(into[:, :, -1], ends, state)                    # (S, m, s)
-    W, into = F.pad(W[:, :, :-1], (0, 0, 1, 0)), F.pad(into[:, :, :-1], (1, 0), value=1)
-    states = add_product(W @ added, into[..., None], entering[:, :, None])  # (S, m, K, s)
-    return states.flatten(1, 2)[:, :k], final
+    Pairs of chunks are carried like single ones, then the borders inside the pairs follow: the
+    number of operations grows with the logarithm of the length."""
+    even, odd, pairs = states[:, ::2], states[:, 1::2], decay.shape[1] // 2
+    if pairs:
+        even[:, 1:].addcmul_(decay[:, 1::2], odd[:, :pairs])
+        carry(decay[:, : 2 * pairs : 2] * decay[:, 1::2], even)
+    odd.addcmul_(decay[:, ::2], even[:, : odd.shape[1]])
 
 
 class Chunks:
-    """What both passes need. Each head is a row of the batch: S = b h rows, N = b g for groups."""
+    """What both passes need: the decays, for all chunks, and the matrices, for some."""
 
-    def __init__(self, x, dt, a, B, C, starts, Q):
-        (b, l, h, p), n, N = x.shape, B.shape[3], B.shape[0] * B.shape[2]
-        self.inputs, self.Q, count = (x, B, C), Q, -(-l // Q)
-        # A segment stays in a CPU's cache; a GPU takes far more chunks at a time.
-        size = SEGMENT["cpu" if x.device.type == "cpu" else "other"]
-        step = max(1, size // (b * h * max(Q * Q, Q * p, Q * n, p * n)))
-        self.segments = [slice(i, min(i + step, count)) for i in range(0, count, step)]
-        whole = slice(0, count)
-        self.dt = take(dt, whole, Q).contiguous()                           # (S, c, Q)
+    def __init__(self, x, dt, a, B, C, starts):
+        (N, c, Q, r), p, n = a.shape, x.shape[4], B.shape[3]
+        self.inputs, self.dt_heads = (x, B, C), dt.mT.contiguous()          # (N, c, r, Q)
         # exp(a) as 2^(a log2 e): the same, and several times faster on CPUs. 2^least is 0.
         least = 1.2 * math.log2(torch.finfo(a.dtype).tiny)
-        log = (take(a, whole, Q) * math.log2(math.e)).clamp(min=least)
+        log = (a * math.log2(math.e)).clamp(min=least)
         # Exponents are differences of two running sums: fewer digits than term by term, but fast.
         # Above the diagonal they are positive, and elsewhere by rounding, so they are cut before
         # exp: at 0, unless A > 0 lets the state grow.
-        self.sums, self.most = log.cumsum(2), log.clamp(min=0).sum(2, keepdim=True)
-        self.into = self.sums.exp2()                        # decay from a chunk's start to a token
-        self.out = (self.sums[:, :, -1:] - self.sums).clamp(max=self.most).exp2()   # to its end
-        self.mask = dt.new_ones(Q, Q).tril().expand(N, count, Q, Q)         # who may read whom
-        if starts is not None:                              # no decay crosses a sequence's start
-            passed = take(starts[..., None].expand(a.shape), whole, Q).cumsum(2)
-            self.into = self.into.masked_fill(passed > 0, 0)
-            self.out = self.out.masked_fill(passed < passed[:, :, -1:], 0)
-            passed = passed.unflatten(0, (N, -1))[:, 0]                     # (N, c, Q)
-            self.mask = self.mask * (passed[..., None] == passed[:, :, None])
+        sums, most = log.cumsum(2), log.clamp(min=0).sum(2, keepdim=True)
+        self.sums, self.most = sums.mT.contiguous(), most.mT[..., None]     # (N, c, r, Q)
+        # Decays from a chunk's start to a token, and from there to the end; who may read whom.
+        into, out = sums.exp2(), (sums[:, :, -1:] - sums).clamp(max=most).exp2()
+        self.mask = a.new_ones(Q, Q).tril().expand(N, c, Q, Q)
+        if starts is not None:                              # nothing crosses a sequence's start
+            passed = starts.cumsum(2)                                       # (N, c, Q, 1)
+            into = into.masked_fill(passed > 0, 0)
+            out = out.masked_fill(passed < passed[:, :, -1:], 0)
+            self.mask = self.mask * (passed == passed.mT)
+        self.into, self.out, self.weight = into[..., None], out[..., None], (out * dt)[..., None]
+        # A segment stays in a CPU's cache; a GPU takes far more chunks at a time.
+        size = SEGMENT["cpu" if x.device.type == "cpu" else "other"]
+        step = max(1, size // (N * r * max(Q * Q, Q * p, p * n)))
+        self.segments = [slice(i, min(i + step, c)) for i in range(0, c, step)]
 
-    def cut(self, c):
-        """x, v (S, k, Q, p), B, C (N, k, Q, n), B_out, C_in (S, k, Q, n), L and G of chunks c."""
-        (x, B, C), dt = (take(t, c, self.Q) for t in self.inputs), self.dt[:, c]
-        v = dt[..., None] * x                               # as dt, the first, lies in memory
-        into, out = (t[:, c, :, None].unflatten(0, (len(B), -1)) for t in (self.into, self.out))
-        L = self.sums[:, c, :, None] - self.sums[:, c, None]                # (S, k, Q, Q)
-        L = L.clamp_(max=self.most[:, c, :, None]).exp2_().unflatten(0, (len(B), -1))
-        G = (C @ B.mT).mul_(self.mask[:, c])                # (N, k, Q, Q), one for r heads
-        return x, v, B, C, (B[:, None] * out).flatten(0, 1), (C[:, None] * into).flatten(0, 1), L, G
+    def cut(self, k):
+        """Of the chunks k: B, C, v = dt x (N, k, r, Q, p), out v (N, k, Q, r p), the decay of a
+        chunk (N, k, 1, r p), L (N, k, r, Q, Q), and the masked C B^T of all r heads."""
+        x, B, C = (t[:, k] for t in self.inputs)
+        v = self.dt_heads[:, k, ..., None] * x.transpose(2, 3)
+        decay = self.into[:, k, -1:, :, 0].repeat_interleave(x.shape[4], 3)
+        L = self.sums[:, k, :, :, None] - self.sums[:, k, :, None]
+        L = L.clamp_(max=self.most[:, k]).exp2_()
+        G = (C @ B.mT).mul_(self.mask[:, k])[:, :, None]                    # (N, k, 1, Q, Q)
+        return B, C, v, (self.weight[:, k] * x).flatten(3), decay, L, G
 
 
 class FastScan(torch.autograd.Function):
     """The four steps of `masked_matrix`, some chunks at a time. Kept for the backward pass are
-    the inputs and the state that enters each chunk; the matrices are made again."""
+    the inputs and the states at the borders of chunks; the matrices are made again."""
 
     @staticmethod
-    def forward(ctx, x, dt, a, B, C, state, starts, Q):
-        chunks, states, shape = Chunks(x, dt, a, B, C, starts, Q), [], state.shape
-        y = dt.new_empty(x.shape[0], chunks.dt[0, :, :].numel(), *x.shape[2:])
-        state = state.flatten(0, 1).flatten(1)                              # (S, p n)
-        for c in chunks.segments:
-            _, v, _, _, B_out, C_in, L, G = chunks.cut(c)
-            entering, state = carry(chunks.into[:, c, -1], (v.mT @ B_out).flatten(2), state)
-            entering = entering.unflatten(2, shape[2:])                     # (S, k, p, n)
-            M = L.mul_(G[:, None]).flatten(0, 1)                            # (S, k, Q, Q)
-            put(add_product(M @ v, C_in, entering.mT), y, c)
+    def forward(ctx, x, dt, a, B, C, state, starts):
+        chunks, borders, y = Chunks(x, dt, a, B, C, starts), [], dt.new_empty(x.shape)
+        for k in chunks.segments:
+            B_k, C_k, v, out_v, decay, L, G = chunks.cut(k)
+            H = torch.cat([state[:, None], B_k.mT @ out_v], 1)              # (N, k + 1, n, r p)
+            carry(decay, H)
+            y[:, k] = (L.mul_(G) @ v).transpose(2, 3)                       # (N, k, Q, r, p)
+            y[:, k].addcmul_(chunks.into[:, k], (C_k @ H[:, :-1]).unflatten(3, x.shape[3:]))
+            state = H[:, -1]
             if any(ctx.needs_input_grad):
-                states.append(entering)
-        ctx.save_for_backward(x, dt, a, B, C, starts, *states)
-        ctx.Q = Q
-        return y[:, : x.shape[1]], state.view(shape)
+                borders.append(H)
+        ctx.save_for_backward(x, dt, a, B, C, starts, *borders)
+        return y, state.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dstate):
+    def backward(ctx, dy, dH):
+        x, dt, a, B, C, starts, *borders = ctx.saved_tensors
+        dx, ddt, da, dB, dC = (dt.new_empty(t.shape) for t in (x, dt, a, B, C))
         with no_autocast(dy.device):
-            return FastScan.gradients(ctx, dy, dstate)
-
-    @staticmethod
-    def gradients(ctx, dy, dstate):
-        x, dt, a, B, C, starts, *states = ctx.saved_tensors
-        chunks, shape, Q = Chunks(x, dt, a, B, C, starts, ctx.Q), dstate.shape, ctx.Q
-        size = x.shape[0], chunks.dt[0].numel()
-        dx, ddt, da, dB, dC = (dt.new_empty(*size, *t.shape[2:]) for t in (x, dt, a, B, C))
-        dstate = dstate.reshape(-1, shape[2] * shape[3])                    # (S, p n)
-        for c, entering in reversed(list(zip(chunks.segments, states))):
-            x_c, v, B_c, C_c, B_out, C_in, L, G = chunks.cut(c)
-            dy_c, by_group = take(dy, c, Q).contiguous(), L.shape[:2]       # (S, k, Q, p), (N, r)
-            into, out, decay = chunks.into[:, c], chunks.out[:, c], chunks.into[:, c, -1]
-            # The gradient of the states runs against the states, through the same decays.
-            asked = (dy_c.mT @ C_in).flatten(2)                             # (S, k, p n)
-            leaving, dstate = carry(decay.flip(1), asked.flip(1), dstate)
-            leaving = leaving.flip(1).unflatten(2, shape[2:])               # (S, k, p, n)
-            # y = M v + C_in H^T with M = L o G, G = C B^T; a chunk adds v^T B_out to the state.
-            dM = (dy_c @ v.mT).unflatten(0, by_group).mul_(L)               # dM o L
-            dG = dM.sum(1).mul_(chunks.mask[:, c])                          # (N, k, Q, Q)
-            M = L.mul_(G[:, None]).flatten(0, 1)                            # (S, k, Q, Q)
-            dv = add_product(M.mT @ dy_c, B_out, leaving.mT)                # (S, k, Q, p)
-            dC_c = (dy_c @ entering).mul_(into[..., None]).unflatten(0, by_group)
-            dB_c = (v @ leaving).mul_(out[..., None]).unflatten(0, by_group)
-            put(dG @ B_c + dC_c.sum(1), dC, c)                              # sums over r heads
-            put(dG.mT @ C_c + dB_c.sum(1), dB, c)
-            # The exponent of L_ij sums a over j+1..i: dM_ij M_ij is a gradient for each of these,
-            # so rows minus columns are summed up. Those of C_in and B_out span the tokens up to i,
-            # and after j. The diagonal has exponent 0; it would cancel, but not without rounding.
-            dM = dM.mul_(G.tril_(-1)[:, None]).flatten(0, 1)                # (S, k, Q, Q)
-            d_into = dC_c.mul_(C_c[:, None]).sum(-1).flatten(0, 1)          # (S, k, Q)
-            d_out = dB_c.mul_(B_c[:, None]).sum(-1).flatten(0, 1)
-            d_decay = (entering * leaving).sum((2, 3)) * decay              # (S, k)
-            up_to = (dM.sum(-1) - dM.sum(-2) + d_into).flip(2).cumsum(2).flip(2)
-            after = F.pad(d_out.cumsum(2)[..., :-1], (1, 0))
-            put(up_to + after + d_decay[..., None], da, c)
-            put((x_c * dv).sum(-1), ddt, c)
-            put(dv.mul_(chunks.dt[:, c, :, None]), dx, c)
-        dx, ddt, da, dB, dC = (t[:, : x.shape[1]] for t in (dx, ddt, da, dB, dC))
-        return dx.to(x.dtype), ddt, da, dB, dC, dstate.view(shape), None, None
+            chunks, heads = Chunks(x, dt, a, B, C, starts), x.shape[3:]
+            for k, H in reversed(list(zip(chunks.segments, borders))):
+                B_k, C_k, v, out_v, decay, L, G = chunks.cut(k)
+                # The gradient of the states runs against the states, through the same decays.
+                into_dy = (chunks.into[:, k] * dy[:, k]).flatten(3)         # (N, k, Q, r p)
+                dH = torch.cat([dH[:, None], (C_k.mT @ into_dy).flip(1)], 1)    # (N, k + 1, n, r p)
+                carry(decay.flip(1), dH)
+                H, leaving, dH = H[:, :-1], dH[:, :-1].flip(1), dH[:, -1]
+                # y = M v + into (C H), M = L o G, G = C B^T; a chunk adds B^T (out v) to the state.
+                dy_k = dy[:, k].transpose(2, 3).contiguous()                # (N, k, r, Q, p)
+                dM = (dy_k @ v.mT).mul_(L)                                  # dM o L
+                dG = dM.sum(2).mul_(chunks.mask[:, k])                      # (N, k, Q, Q)
+                dC[:, k] = dG @ B_k + into_dy @ H.mT
+                dB[:, k] = dG.mT @ C_k + out_v @ leaving.mT
+                d_out_v = B_k @ leaving                                     # (N, k, Q, r p)
+                dv = dx[:, k].copy_((L.mul_(G).mT @ dy_k).transpose(2, 3))  # (N, k, Q, r, p)
+                dv.addcmul_(chunks.out[:, k], d_out_v.unflatten(3, heads))
+                ddt[:, k] = (x[:, k] * dv).sum(-1)
+                dv.mul_(dt[:, k, ..., None])                                # now dx
+                # dM_ij M_ij is a gradient of the exponent of L_ij, which sums a over j+1..i: rows
+                # minus columns are summed up. Those of into and out span the tokens up to i, and
+                # after j. The diagonal has exponent 0; it would cancel, but not without rounding.
+                dM = dM.mul_(G.tril(-1))
+                d_into = (into_dy * (C_k @ H)).unflatten(3, heads).sum(-1)  # (N, k, Q, r)
+                d_out = (out_v * d_out_v).unflatten(3, heads).sum(-1)
+                d_decay = ((H * leaving).sum(2, keepdim=True) * decay).unflatten(3, heads).sum(-1)
+                up_to = ((dM.sum(-1) - dM.sum(-2)).mT + d_into).flip(2).cumsum(2).flip(2)
+                da[:, k] = up_to + F.pad(d_out.cumsum(2)[:, :, :-1], (0, 0, 1, 0)) + d_decay
+        return dx.to(x.dtype), ddt, da, dB, dC, dH, None
 
 
 def ssd_bidirectional(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None,
                       dt_softplus=False, dt_limit=(0.0, INF), scan=ssd_chunked):
-    """The scan plus the scan of the flipped sequence (LinGen fig. 3); D and the gate on the sum.
-    Both directions lie side by side in the batch, so that `scan` runs once."""
-    x2, dt2, B2, C2 = (torch.cat([t, t.flip(1)]) for t in (x, dt, B, C))    # (2 b, l, ...)
-    y = scan(x2, dt2, A, B2, C2, chunk_size, dt_bias=dt_bias, dt_softplus=dt_softplus,
-             dt_limit=dt_limit)
-    forward, backward = y.chunk(2)
-    return skip_and_gate(forward + backward.flip(1), x, D, z)
+    """The scan plus the scan of the flipped sequence (LinGen fig. 3); D and the gate on the sum."""
+    options = dict(dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
+    y = scan(x, dt, A, B, C, chunk_size, **options)
+    x2, dt2, B2, C2 = (t.flip(1) for t in (x, dt, B, C))
+    y = y + scan(x2, dt2, A, B2, C2, chunk_size, **options).flip(1)
+    return skip_and_gate(y, x, D, z)
 
 
 # --- Backends: whose scan runs --------------------------------------------------------------------
 
 BACKENDS = ("torch", "mamba_ssm", "auto")
-FOUND = {}                                      # "scan": mamba-ssm's or None; "why"; "said"
+say_once = functools.cache(print)
 
 
-def find_official():
-    """Import mamba-ssm's Triton scan, but not the package's __init__: that needs compiled code."""
-    spec = None if "mamba_ssm" in sys.modules else importlib.util.find_spec("mamba_ssm")
-    if spec:
-        sys.modules["mamba_ssm"] = types.ModuleType("mamba_ssm")
-        sys.modules["mamba_ssm"].__path__ = spec.submodule_search_locations
+@functools.cache
+def official_scan():
+    """mamba-ssm's Triton scan and "", or None and the reason why it cannot be had."""
+    stub = types.ModuleType("mamba_ssm")        # the package's own __init__ needs compiled code
     try:
+        spec = importlib.util.find_spec("mamba_ssm")
+        stub.__path__ = spec.submodule_search_locations if spec else []
+        sys.modules.setdefault("mamba_ssm", stub)
         module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-        FOUND.update(scan=module.mamba_chunk_scan_combined, why="")
+        return module.mamba_chunk_scan_combined, ""
     except Exception as error:                  # a broken installation fails in many ways
-        FOUND.update(scan=None, why=f"{type(error).__name__}: {error}")
-    for name in [name for name in sys.modules if spec and name.split(".")[0] == "mamba_ssm"]:
-        del sys.modules[name]                   # whoever imports it next gets the real package
+        return None, f"{type(error).__name__}: {error}"
+    finally:                                    # whoever imports it next gets the real package
+        if sys.modules.get("mamba_ssm") is stub:
+            del sys.modules["mamba_ssm"]
 
 
 def choose_scan(backend, device, dtype=torch.float32):
@@ -374,16 +328,13 @@ def choose_scan(backend, device, dtype=torch.float32):
     if backend not in BACKENDS:
         raise ValueError(f"backend must be a function or one of {BACKENDS}, got {backend!r}")
     on_gpu = device.type == "cuda" and dtype != torch.float64       # the kernels know no float64
-    if "scan" not in FOUND and (on_gpu or backend == "mamba_ssm"):
-        find_official()
-    scan = FOUND.get("scan") if on_gpu else None
+    scan, why = official_scan() if on_gpu else (None, "")
     if backend == "mamba_ssm" and not scan:
         raise ValueError(f'backend "mamba_ssm" cannot run on {device} in {dtype}. It needs a GPU, '
                          "triton, and MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-build-isolation "
-                         f"--no-deps mamba-ssm. {FOUND['why']}")
-    if backend == "auto" and "said" not in FOUND and not torch.compiler.is_compiling():
-        FOUND["said"] = True
-        print("scan on", device, "by", "mamba_ssm" if scan else "torch", file=sys.stderr)
+                         f"--no-deps mamba-ssm. {why}")
+    if backend == "auto" and not torch.compiler.is_compiling():
+        say_once(f"scan on {device} by {'mamba_ssm' if scan else 'torch'}", file=sys.stderr)
     return scan or ssd_chunked
 
 
@@ -396,17 +347,15 @@ class Mamba2(nn.Module):
     last d_conv tokens; then the scan, the gated norm, and the projection back. The parameters are
     those of `mamba_ssm.modules.mamba2.Mamba2`: a state_dict of the one loads into the other."""
 
-    share_ahead = 0                             # of the convolution's taps: they read later tokens
+    both_directions = False
 
     def __init__(self, d_model, d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1,
                  A_init_range=(1, 16), dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4,
                  dt_limit=(0.0, INF), bias=False, conv_bias=True, chunk_size=32, backend="auto"):
         super().__init__()
         d_inner = int(expand * d_model)
-        if min(d_inner, d_state, d_conv, headdim, ngroups, chunk_size) < 1:
-            raise ValueError("the sizes of Mamba2 must be at least 1")
-        if d_inner % (headdim * ngroups):
-            raise ValueError("headdim * ngroups must divide expand * d_model: "
+        if min(d_inner, d_state, d_conv, headdim, ngroups) < 1 or d_inner % (headdim * ngroups):
+            raise ValueError("sizes must be at least 1, headdim * ngroups divide expand * d_model: "
                              f"got {headdim} * {ngroups} and {d_inner}")
         self.d_model, self.d_inner, self.d_state, self.d_conv = d_model, d_inner, d_state, d_conv
         self.headdim, self.ngroups, self.nheads = headdim, ngroups, d_inner // headdim
@@ -427,29 +376,26 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
     def forward(self, u, seq_idx=None):
-        if u.dim() != 3 or u.shape[-1] != self.d_model:
-            raise ValueError(f"u must be (batch, length, {self.d_model}), got {tuple(u.shape)}")
         d_bc = self.ngroups * self.d_state
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.d_inner + 2 * d_bc, self.nheads], -1)
         x, B, C = F.silu(self.convolve(xBC, seq_idx)).split([self.d_inner, d_bc, d_bc], -1)
         x = x.unflatten(-1, (-1, self.headdim))                             # (b, l, h, p)
         B, C = (t.unflatten(-1, (self.ngroups, -1)) for t in (B, C))        # (b, l, g, n)
-        options = {} if seq_idx is None else {"seq_idx": seq_idx}
         A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
-        y = self.mix(choose_scan(self.backend, u.device, u.dtype), x, dt, A, B, C, self.chunk_size,
-                     D=self.D, dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit,
-                     **options)
+        packed = {} if seq_idx is None else {"seq_idx": seq_idx}
+        scan = choose_scan(self.backend, u.device, u.dtype)
+        if self.both_directions:
+            scan = functools.partial(ssd_bidirectional, scan=scan)
+        y = scan(x, dt, A, B, C, self.chunk_size, D=self.D, dt_bias=self.dt_bias,
+                 dt_softplus=True, dt_limit=self.dt_limit, **packed)        # (b, l, h, p)
         y = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.ngroups, -1))    # RMS norm per group
         y = F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(-2) * self.norm.weight
         return self.out_proj(y)
 
-    def mix(self, scan, *arguments, **options):
-        return scan(*arguments, **options)
-
     def convolve(self, x, seq_idx):
         """conv1d as d_conv shifted multiply-adds: several times faster on CPUs. x (b, l, d)."""
         l, k = x.shape[1], self.d_conv
-        ahead = int(k * self.share_ahead)
+        ahead = k // 2 if self.both_directions else 0       # taps that read later tokens
         padded = F.pad(x, (0, 0, k - 1 - ahead, ahead))
         weight = self.conv1d.weight[:, 0].mT.to(x.dtype)                    # (k, d)
         out = x.new_zeros(1) if self.conv1d.bias is None else self.conv1d.bias.to(x.dtype)
@@ -464,15 +410,11 @@ class Mamba2(nn.Module):
 
 class BidirectionalMamba2(Mamba2):
     """Mamba2 in both directions: every output sees every token.
-
     Choice, the paper being silent: both directions share all weights, so that a state_dict of
     Mamba2 loads, and their outputs are added before the gated norm. The convolution looks to both
     sides: with d_conv = 4 at one token before, the token itself and two after."""
 
-    share_ahead = 0.5
-
-    def mix(self, scan, *arguments, **options):
-        return ssd_bidirectional(*arguments, scan=scan, **options)
+    both_directions = True
 
 
 if __name__ == "__main__":
