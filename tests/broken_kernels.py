@@ -902,14 +902,15 @@ OTHERS = {
     "varlen": (varlen(), {
         "the state runs on": (varlen("the state runs on"), "plain", "the state leaks over the borders"),
         "all sequences start from the first state": (
-            varlen("all sequences start from the first state"), "initial_states", "y: "),
+            varlen("all sequences start from the first state"), "initial_states", "the first sequence's state"),
         "final states in reverse order": (
             varlen("final states in reverse order"), "final_states", "y is right, final_states are not"),
     }),
     "step": (step(), {
         "another state is made": (step("another state is made"), "plain", "not updated in place"),
         "reads the state before it is written": (
-            step("reads the state before it is written"), "plain", "y: "),
+            step("reads the state before it is written"), "plain",
+            "reads the state before it writes"),
         "dt_bias is left out": (step("dt_bias is left out"), "all", "dt_bias is left out"),
         "groups in turn": (step("groups in turn"), "plain", "groups in turn"),
     }),
@@ -921,8 +922,10 @@ OTHERS = {
     "layer": (Layer, {
         "D is left out": (layer("D is left out"), "plain", "D x is left out"),
         "dt_bias is left out": (layer("dt_bias is left out"), "plain", "dt_bias is left out"),
-        "one norm for all groups": (layer("one norm for all groups"), "plain", "y"),
-        "the norm comes before the gate": (layer("the norm comes before the gate"), "plain", "y"),
-        "the convolution looks ahead": (layer("the convolution looks ahead"), "plain", "y"),
+        "one norm for all groups": (layer("one norm for all groups"), "plain", "one norm for all groups"),
+        "the norm comes before the gate": (
+            layer("the norm comes before the gate"), "plain", "the norm comes before the gate"),
+        "the convolution looks ahead": (
+            layer("the convolution looks ahead"), "plain", "the convolution looks ahead"),
     }),
 }

@@ -626,8 +626,9 @@ def outputs(scan, t, kw, q):
     """Call a scan: {"y": ...}, with "final_states" where they were asked for."""
     t = dict(t)
     first = [t.pop(name) for name in ("x", "dt", "A", "B", "C")]
-    out = scan(*first, q, **t, **kw)
     wants = kw.get("return_final_states", False)
+    passed = {k: v for k, v in kw.items() if k not in getattr(scan, "implied", ())}
+    out = scan(*first, q, **t, **passed)
     if isinstance(out, list):
         out = tuple(out)
     if isinstance(out, tuple) != wants or (wants and len(out) != 2):
@@ -854,7 +855,7 @@ def call_step(kernel, t, kw, q):
     if state is None:
         state = torch.zeros(b, h, p, n, dtype=t["A"].dtype, device=t["x"].device)
     A = t["A"][:, None, None].expand(h, p, n)
-    more = dict(kw)
+    more = {k: v for k, v in kw.items() if k == "dt_softplus" and k not in getattr(kernel, "implied", ())}
     for name in ("D", "dt_bias"):
         if name in t:
             more[name] = t[name][:, None].expand(h, p)
@@ -918,8 +919,17 @@ def call_layer(kernel, t, kw, q):
     return {"y": y[0] if isinstance(y, tuple) else y}
 
 
-def lift_layer(scan, noise=Exact):
-    """Mamba2 around the scan: projection, short convolution, scan, gated norm, projection."""
+def gated_norm(y, z, groups, noise):
+    """The gate first, then the root mean square of each group."""
+    y = noise.op(y * F.silu(z)).unflatten(-1, (groups, -1))
+    return noise.op(y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).flatten(-2)
+
+
+def lift_layer(scan, noise=Exact, norm=gated_norm, ahead=0):
+    """Mamba2 around the scan: projection, short convolution, scan, gated norm, projection.
+
+    Mistaken layers have another `norm`, or a convolution that looks so many tokens `ahead`.
+    """
     def layer(t, kw, q):
         _, inner, h, w = sizes_of_layer(t)
         n = kw["d_state"]
@@ -929,7 +939,7 @@ def lift_layer(scan, noise=Exact):
         row = lambda name, like: each(t[name][..., None, None, :], like)
         projected = op(own(t["u"]) @ weight("in_proj__weight"))                 # (..., b, l, all)
         z, xBC, dt = projected.split([inner, inner + 2 * gn, h], -1)
-        padded = F.pad(xBC, (0, 0, w - 1, 0))
+        padded = F.pad(xBC, (0, 0, w - 1 - ahead, ahead))
         taps = op(t["conv1d__weight"])[..., 0, :]                               # (..., channels, w)
         total = row("conv1d__bias", xBC)
         for i in range(w):
@@ -940,8 +950,7 @@ def lift_layer(scan, noise=Exact):
                 "B": B.unflatten(-1, (-1, n)), "C": C.unflatten(-1, (-1, n)),
                 "D": t["D"], "dt_bias": t["dt_bias"]}
         y = outputs(scan, part, {"dt_softplus": True}, q)["y"].flatten(-2)
-        y = op(y * F.silu(z)).unflatten(-1, (gn // n, -1))
-        y = op(y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).flatten(-2)
+        y = norm(y, z, gn // n, noise)
         y = op(y * row("norm__weight", y))
         return {"y": op(y @ weight("out_proj__weight"))}
     return layer
@@ -964,6 +973,7 @@ class Settings:
     tf32: bool = False
     forward_only: bool = False
     allow_delegation: bool = False
+    always: tuple = ()
     compile_backend: str = "inductor"
     poison: bool = True
     seed: int = 0
@@ -1079,6 +1089,10 @@ class Watch:
         self.handed_on, self.reached, self.forward = None, None, False
         self.depth = 0
         self.judged = kernel                        # for call_layer, which asks what it is
+        # What it always applies it need not take as an argument.
+        always = {"final": "return_final_states"}
+        self.implied = [name for name in (always.get(word, word) for word in settings.always)
+                        if not names_argument(kernel, name)]
 
     def __call__(self, *args, **kwargs):
         self.forward = True
@@ -1113,9 +1127,9 @@ class Watch:
                     self.reached = self.reached or f"{code.co_name} of the judge"
             elif owner and not self.handed_on:
                 self.handed_on = f"{owner}: {code.co_name}"
-            elif code in LOOKING and is_kernels_own(frame.f_back):
+            elif code in LOOKING and is_kernels_own(frame.f_back, self.kernel):
                 self.reached = self.reached or f"inspect.{code.co_name}"
-        elif event == "c_call" and id(argument) in LOOKING_IN_C and is_kernels_own(frame):
+        elif event == "c_call" and id(argument) in LOOKING_IN_C and is_kernels_own(frame, self.kernel):
             self.reached = self.reached or f"{argument.__module__}.{argument.__name__}"
 
 
@@ -1142,17 +1156,22 @@ def owner_of(filename):
 
 
 @functools.cache
-def is_of_python_or_torch(filename):
+def package_of(filename):
+    """The folder of an installed package, "python" for Python itself, "" for any other file."""
     path = os.path.realpath(filename)
-    standard = os.path.realpath(sysconfig.get_path("stdlib"))
-    packages = os.sep + "site-packages" + os.sep
-    if filename.startswith("<") or (path.startswith(standard) and packages not in path):
-        return True
-    return any(packages + name + os.sep in path for name in ("torch", "triton", "numpy", "jax", "jaxlib"))
+    before, installed, after = path.rpartition(os.sep + "site-packages" + os.sep)
+    if installed:
+        return before + installed + after.partition(os.sep)[0]
+    return "python" if path.startswith(os.path.realpath(sysconfig.get_path("stdlib"))) or "<" in filename else ""
 
 
-def is_kernels_own(frame):
-    return frame is not None and not is_of_python_or_torch(frame.f_code.co_filename)
+def is_kernels_own(frame, kernel):
+    """Is it a line of the kernel, or of its surroundings? Many packages look at frames when they are imported."""
+    if frame is None:
+        return False
+    code = getattr(inspect.unwrap(kernel), "__code__", None)
+    home = package_of(code.co_filename) if code else ""
+    return package_of(frame.f_code.co_filename) in ("", home)
 
 
 def fingerprint():
@@ -1485,14 +1504,13 @@ def judge_case(kernel, spec, dtype, settings=Settings(), precision=None, again=T
     feature, case = parse(spec, signature)
     way = options_of(case).get("call", "plain").replace("-", "_")
     watch = Watch(kernel, settings)
-    target = watch
     if way == "compile":
         torch.compiler.reset()
-        target = torch.compile(kernel, backend=settings.compile_backend)
-        watch.forward = True
+        watch.kernel = torch.compile(kernel, backend=settings.compile_backend)
+        watch.settings = settings.but(allow_delegation=True)            # it sees Python only
 
     def function(t, kw, q):
-        return signature.call(target, t, kw, q)
+        return signature.call(watch, t, kw, q)
 
     calls = Calls(function, feature, case, dtype, settings, watch.run)
     torch_state = settings_of_torch()
@@ -1802,6 +1820,19 @@ def blind(x, dt, A, B, C, q, return_final_states=False, **kw):
     return (y, final) if return_final_states else y
 
 
+def late_reading(x, dt, A, B, C, q, D=None, z=None, return_final_states=False, **kw):
+    """y_t read from the state of the token before."""
+    y0 = x[:, :1] * 0
+    if kw.get("initial_states") is not None:
+        state = kw["initial_states"]
+        y0 = (state * C[:, 0].repeat_interleave(x.shape[2] // C.shape[2], 1)[:, :, None]).sum(-1)[:, None]
+    y, final = mamba2_ref.ssd_recurrent(x[:, :-1], dt[:, :-1], A, B[:, :-1], C[:, 1:], return_final_states=True,
+                                        **kw)
+    final = mamba2_ref.ssd_recurrent(x, dt, A, B, C, return_final_states=True, **kw)[1]
+    y = skip_and_gate(torch.cat([y0, y], 1), x, D, z, Exact)
+    return (y, final) if return_final_states else y
+
+
 def oracle(x, dt, A, B, C, q, **kw):
     return mamba2_ref.ssd_recurrent(x, dt, A, B, C, **kw)
 
@@ -1880,6 +1911,7 @@ MISTAKES = {
         decay(lambda x, dt, a: (dt[..., None] * x, shifted(a, -1))),
     "the decay is off by one token: a token's own part is decayed by its own step":
         decay(lambda x, dt, a: (dt[..., None] * x * a.exp()[..., None], a)),
+    "a token reads the state before it writes into it: y lags by one token": late_reading,
     "there is no decay": decay(lambda x, dt, a: (dt[..., None] * x, a * 0)),
     "the decay takes A without dt": decay(lambda x, dt, a: (dt[..., None] * x, a / dt)),
 }
@@ -1927,12 +1959,34 @@ def one_row(t, kw, q):
     return {"y": outputs(oracle, without(t, "initial_states"), kw, q)["y"]}
 
 
+def first_state_for_all(t, kw, q):
+    first = t["initial_states"][:1].expand_as(t["initial_states"])
+    return lift_varlen(oracle)(t | {"initial_states": first}, kw, q)
+
+
+def norm_before_gate(y, z, groups, noise):
+    y = y.unflatten(-1, (groups, -1))
+    return (y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt()).flatten(-2) * F.silu(z)
+
+
+def norm_of_all_groups(y, z, groups, noise):
+    return gated_norm(y, z, 1, noise)
+
+
+def looks_ahead(t, kw, q):
+    return lift_layer(oracle, ahead=t["conv1d__weight"].shape[-1] - 1)(t, kw, q)
+
+
 OTHER_MISTAKES = {
     "bidirectional": {"only the forward direction is scanned": only_one_direction,
                       "D and the gate are applied in each direction, not once on the sum": twice_closed,
                       "the backward result is not flipped back": not_flipped_back,
                       "a token's own part is counted in one direction only": counted_once},
-    "varlen": {"cu_seqlens is ignored: the state leaks over the borders": one_row},
+    "varlen": {"cu_seqlens is ignored: the state leaks over the borders": one_row,
+               "all sequences start from the first sequence's state": first_state_for_all},
+    "layer": {"the norm comes before the gate": lift_layer(oracle, norm=norm_before_gate),
+              "one norm for all groups": lift_layer(oracle, norm=norm_of_all_groups),
+              "the convolution looks ahead": looks_ahead},
 }
 
 
@@ -2094,8 +2148,8 @@ def hints_on_nan(kernel, outcome, settings, wrong):
         sums = (F.softplus(dt) if "dt_softplus" in inputs.kw else dt.clamp(min=0)).mul(inputs.t["A"]).abs()
         q = min(case["q"], case["l"])
         if float(sums.unfold(1, q, 1).sum(-1).max()) > 80:              # exp of it is beyond float32
-            return [f"{names}: NaN or inf where |A dt| is large: exp of a positive difference overflows; "
-                    "mask before exp"]
+            return [f"{names}: NaN or inf where |A dt| is large: exp of a positive number overflows, as in exp(-cumsum); "
+                    "where it is a difference, mask before exp"]
     if outcome.dtype == torch.float16:
         return [f"{names}: inf or NaN: a product or a sum leaves the range of float16"]
     return [f"{names}: NaN or inf"]
@@ -2254,7 +2308,8 @@ def report(kernel, outcome, settings, name, hints, seconds=5):
                      f" --device {settings.device}" if settings.device != "cpu" else "",
                      " --tf32" if settings.tf32 else "", f" --seed {settings.seed}" if settings.seed else "",
                      " --forward-only" if settings.forward_only else "",
-                     " --allow-delegation" if settings.allow_delegation else ""])
+                     " --allow-delegation" if settings.allow_delegation else "",
+                     f" --always {','.join(settings.always)}" if settings.always else ""])
     lines += [f"again: python -m pytest tests/test_kernel.py --kernel {name} --dtype {NAME_OF[dtype]}{flags}"
               f" --case '{small}'"]
     return "\n".join(lines)
@@ -2520,7 +2575,8 @@ def judge(kernel, signature="scan", device="cpu", dtypes="float64,float32,bfloat
     if unknown:
         raise ValueError(f"--always: no {', '.join(unknown)}; there are "
                          f"{', '.join(w for w in WORDS if WORDS[w] == ())}")
-    settings = Settings(SIGNATURES[signature], str(device), tf32, forward_only, allow_delegation, compile_backend)
+    settings = Settings(SIGNATURES[signature], str(device), tf32, forward_only, allow_delegation, tuple(always),
+                        compile_backend)
     required = {r for r in split(require) if r}
     unknown = required - {"all"} - set(settings.signature.cases) - set(DTYPES)
     if unknown:

@@ -140,6 +140,7 @@ def minimal(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_st
     # It refuses a length that is no multiple of the chunk; a token with dt = 0 changes nothing.
     fill = lambda t: F.pad(t, (0, 0) * (t.dim() - 2) + (0, -l % chunk_size))
     state = None if initial_states is None else initial_states[:, None]        # (b, 1, h, p, n)
+    dt = dt.clamp(min=0)                               # the listing is given v and a, and knows no steps
     y, final = _minimal_listing()(fill(x * dt[..., None]), fill(dt * A), fill(B), fill(C), chunk_size, state)
     return (y[:, :l], final) if return_final_states else y[:, :l]
 
@@ -170,6 +171,63 @@ def transformers_mixer(d_model, d_state, headdim, ngroups, expand=2, d_conv=4, c
         hidden_size=d_model, state_size=d_state, head_dim=headdim, n_groups=ngroups, expand=expand, conv_kernel=d_conv,
         num_heads=expand * d_model // headdim, chunk_size=chunk_size, num_hidden_layers=1)
     return module.Mamba2Mixer(config, layer_idx=0)
+
+
+def official_varlen(x, dt, A, B, C, chunk_size, cu_seqlens, initial_states=None, return_final_states=False, **kwargs):
+    """The official kernels on packed sequences: they return a state per sequence and take none."""
+    _lacks("mamba_chunk_scan_combined", **{"initial state per sequence": initial_states is not None})
+    lengths = cu_seqlens.diff()
+    seq_idx = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths.cpu())[None].to(x.device)
+    out = official(x, dt, A, B, C, chunk_size, seq_idx=seq_idx, cu_seqlens=cu_seqlens,
+                   return_varlen_states=return_final_states, **kwargs)
+    return out
+
+
+def official_step(*args, **kwargs):
+    """selective_state_update, the official kernel for one token."""
+    official_module()
+    with _without_init("mamba_ssm"):
+        module = importlib.import_module("mamba_ssm.ops.triton.selective_state_update")
+    if not torch.cuda.is_available():
+        module.torch = _NoCuda()
+    return module.selective_state_update(*args, **kwargs)
+
+
+def niverel(x, dt, A, B, C, chunk_size, return_final_states=False, dt_softplus=False, **kwargs):
+    """niverel-mamba's chunked form in PyTorch."""
+    scan = importlib.import_module("niverel_mamba.torch_ops.ssd_chunked").ssd_chunked
+    y, final = scan(x, dt, A, B, C, chunk_size=chunk_size, dt_softplus=dt_softplus, **kwargs)
+    return (y, final) if return_final_states else y
+
+
+def scan_lite(x, dt, A, B, C, chunk_size, D=None, initial_states=None, return_final_states=False):
+    """mamba-scan-lite's chunked scan: it takes steps that are ready, and B and C for each head."""
+    scan = importlib.import_module("mamba_scan_lite.patch").chunked_scan
+    heads = x.shape[2] // B.shape[2]
+    _lacks("mamba-scan-lite", **{"D with a headdim": D is not None and D.dim() == 2,
+                                 "half precision": x.dtype not in (torch.float32, torch.float64)})
+    state = x.new_zeros(*x[:, 0].shape, B.shape[3]) if initial_states is None else initial_states
+    D = x.new_zeros(x.shape[2]) if D is None else D
+    y, final = scan(state, dt.clamp(min=0), A, x, B.repeat_interleave(heads, 2), C.repeat_interleave(heads, 2),
+                    D[:, None], chunk_size)
+    return (y, final) if return_final_states else y
+
+
+def jax(x, dt, A, B, C, chunk_size, dt_bias, D=None, z=None, initial_states=None, seq_idx=None,
+        dt_limit=(0.0, float("inf")), return_final_states=False):
+    """mamba2-jax's scan, forward only: softplus and bias are always on. Arrays go through NumPy."""
+    jnp = importlib.import_module("jax.numpy")
+    scan = importlib.import_module("mamba2_jax.modeling").ssd_forward
+    _lacks("mamba2-jax", z=z is not None, seq_idx=seq_idx is not None, **{
+        "D with a headdim": D is not None and D.dim() == 2, "half precision here": x.dtype != torch.float32})
+    array = lambda t: None if t is None else jnp.asarray(t.detach().numpy())
+    B, C = (t.repeat_interleave(x.shape[2] // B.shape[2], 2) for t in (B, C))
+    D = torch.zeros_like(A) if D is None else D
+    state = None if initial_states is None else initial_states[:, None]
+    y, final = scan(array(x), array(dt), array(A), array(B), array(C), chunk_size, array(D), array(dt_bias),
+                    *dt_limit, array(state), return_final_states)
+    back = lambda a: torch.tensor(a.__array__())
+    return (back(y), back(final)) if return_final_states else back(y)
 
 
 def versions():
