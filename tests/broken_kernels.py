@@ -1,7 +1,8 @@
 """Kernels broken on purpose, by kind, for the judge's own tests.
 
-`scan(fault)` is a right chunked scan of some fifty lines, or one line of it done wrong: the faults that real kernels
-had, and those that one fears. The other kernels are that scan with something around it.
+`scan(fault)` is a right chunked scan of some fifty lines, or one line of it done wrong: the faults
+that real kernels had, and those that one fears. The other kernels are that scan with something
+around it.
 """
 import contextlib
 import gc
@@ -18,35 +19,67 @@ import mamba2_ref
 MATHEMATICS = {
     # seen in real kernels
     "exp before the mask": ("A-huge", "float32", "mask before exp"),
-    "gradient of dt A wrong from the second tile on": ("large-tiles", "float32", "the gradient of the running sum of dt A"),
+    "gradient of dt A wrong from the second tile on": (
+        "large-tiles",
+        "float32",
+        "the gradient of the running sum of dt A",
+    ),
     "y wrong from headdim 32 on": ("large-tiles", "float32", "headdim from 32 on"),
     "one gradient too few": ("plain", "float32", "backward must return one value per argument"),
     "D skipped": ("D", "float32", "D x is left out"),
-    "final state of the last full chunk": ("final_states", "float32", "the length is no multiple of the chunk"),
+    "final state of the last full chunk": (
+        "final_states",
+        "float32",
+        "the length is no multiple of the chunk",
+    ),
     "groups in turn": ("plain", "float32", "heads take their groups in turn"),
     "leak inside a chunk": ("seq_idx-before-chunk", "float32", "leaks over borders inside a chunk"),
-    "leak between chunks": ("seq_idx-at-chunk", "float32", "leaks over borders that lie between two chunks"),
-    "running sum in half": ("running-sum", "bfloat16", "its error grows along the chunk: the running sum"),
-    "refuses lengths": ("chunk-plus-1", "float32", "refuses a length that is no multiple of the chunk"),
+    "leak between chunks": (
+        "seq_idx-at-chunk",
+        "float32",
+        "leaks over borders that lie between two chunks",
+    ),
+    "running sum in half": (
+        "running-sum",
+        "bfloat16",
+        "its error grows along the chunk: the running sum",
+    ),
+    "refuses lengths": (
+        "chunk-plus-1",
+        "float32",
+        "refuses a length that is no multiple of the chunk",
+    ),
     # precision
     "state in half": ("long-memory", "bfloat16", "too little precision"),
     "products summed in half": ("long-chunk", "bfloat16", "too little precision"),
     "products in tf32": ("plain", "float32", "--tf32 admits"),
-    "final state returned in half": ("final_states", "bfloat16", "final_states is torch.bfloat16, not torch.float32"),
+    "final state returned in half": (
+        "final_states",
+        "bfloat16",
+        "final_states is torch.bfloat16, not torch.float32",
+    ),
     # forward
     "gate before D": ("z+D", "float32", "the gate is applied before D x is added"),
     "bias after softplus": ("dt_softplus-wide", "float32", "dt_bias is added after softplus"),
     "clamp before softplus": ("all", "float32", "dt is clamped before softplus"),
     "initial state ignored": ("initial_states", "float32", "initial_states are ignored"),
     "no state between chunks": ("two-chunks", "float32", "no state passes from chunk to chunk"),
-    "decay of the state ignores the token's own step": ("two-chunks", "float32", "y: only from the second chunk on"),
+    "decay of the state ignores the token's own step": (
+        "two-chunks",
+        "float32",
+        "y: only from the second chunk on",
+    ),
     "batch row 0 for B": ("plain", "float32", "only for batch 1"),
     "diagonal missing": ("plain", "float32", "a token does not see itself"),
     "last chunk never written": ("chunk-plus-1", "float32", "never written"),
     "final state transposed": ("final_states", "float32", "final_states are written transposed"),
     "strides of x ignored": ("views", "float32", "wrong for inputs with odd strides"),
     # backward
-    "final state detached": ("both-states", "float32", "the gradient of the final states is dropped"),
+    "final state detached": (
+        "both-states",
+        "float32",
+        "the gradient of the final states is dropped",
+    ),
     "states detached": ("two-chunks", "float32", "before the last chunk"),
     "dt detached from dt x": ("plain", "float32", "only ddt is wrong"),
     "dB of one head per group": ("plain", "float32", "only dB is wrong"),
@@ -88,8 +121,22 @@ def scan(fault=None):
 
     calls = itertools.count()
 
-    def chunks(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
-               dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False):
+    def chunks(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=None,
+        z=None,
+        dt_bias=None,
+        initial_states=None,
+        seq_idx=None,
+        dt_softplus=False,
+        dt_limit=(0.0, math.inf),
+        return_final_states=False,
+    ):
         is_ = lambda *names: fault in names
         b, l, h, p = x.shape
         g, n = B.shape[2:]
@@ -125,16 +172,23 @@ def scan(fault=None):
         if is_("x without gradient"):
             values, skip = values.detach() + 0 * step[..., None], x.detach()
         if is_("products in tf32") and wide == torch.float32:
-            tf32 = lambda t: Bend.apply(t + ((t.detach().view(torch.int32) & -8192).view(torch.float32) - t.detach()), lambda d: d)
+            tf32 = lambda t: Bend.apply(
+                t + ((t.detach().view(torch.int32) & -8192).view(torch.float32) - t.detach()),
+                lambda d: d,
+            )
             values, Bs, Cs = tf32(values), tf32(Bs), tf32(Cs)
         packed = torch.zeros(b, l, dtype=torch.int64) if seq_idx is None else seq_idx.long()
         if is_("leak inside a chunk"):
             packed = packed[:, torch.arange(l) // chunk_size * chunk_size]
-        state = torch.zeros(b, h, p, n, dtype=wide) if initial_states is None or is_("initial state ignored") else initial_states
+        state = (
+            torch.zeros(b, h, p, n, dtype=wide)
+            if initial_states is None or is_("initial state ignored")
+            else initial_states
+        )
         before, ys, full = packed[:, 0], [], state
         for i in range(0, l, chunk_size):
             c = slice(i, min(i + chunk_size, l))
-            s, sums = packed[:, c], a[:, c].cumsum(1)                                # (b, q), (b, q, h)
+            s, sums = packed[:, c], a[:, c].cumsum(1)  # (b, q), (b, q, h)
             if is_("leak between chunks"):
                 before = s[:, 0]
             if is_("running sum in half"):
@@ -145,7 +199,9 @@ def scan(fault=None):
                 sums = torch.stack(parts, 1)
             if is_("gradient of dt A wrong from the second tile on"):
                 sums = Bend.apply(sums, lambda d: torch.cat([d[:, :32], d[:, 32:] * 0.5], 1))
-            same = (s[:, :, None] == s[:, None]).tril(-1 if is_("diagonal missing") else 0)[..., None]   # (b, i, j, 1)
+            same = (s[:, :, None] == s[:, None]).tril(-1 if is_("diagonal missing") else 0)[
+                ..., None
+            ]  # (b, i, j, 1)
             exponent = sums[:, :, None] - sums[:, None]                              # (b, i, j, h)
             if is_("exp before the mask"):
                 L = exponent.exp().masked_fill(~same, 0)
@@ -160,12 +216,16 @@ def scan(fault=None):
                 y = torch.einsum("bijh,bjhp->bihp", M, values[:, c])
             entering = torch.zeros_like(state) if is_("no state between chunks") and i else state
             entering = entering.detach() if is_("states detached") and i else entering
-            into = sums - a[:, c] if is_("decay of the state ignores the token's own step") else sums
+            into = (
+                sums - a[:, c] if is_("decay of the state ignores the token's own step") else sums
+            )
             into = torch.where((s == before[:, None])[..., None], into.exp(), 0)     # (b, q, h)
             y = y + into[..., None] * torch.einsum("bihn,bhpn->bihp", Cs[:, c], entering)
             out = torch.where((s == s[:, -1:])[..., None], (sums[:, -1:] - sums).exp(), 0)
             keep = torch.where((s[:, -1] == before)[:, None], sums[:, -1].exp(), 0)[..., None, None]
-            state = keep * state + torch.einsum("bjhn,bjhp->bhpn", Bs[:, c] * out[..., None], values[:, c])
+            state = keep * state + torch.einsum(
+                "bjhn,bjhp->bhpn", Bs[:, c] * out[..., None], values[:, c]
+            )
             state = state.to(half).to(wide) if is_("state in half") else state
             full = state if (i + chunk_size) <= l else full
             before = s[:, -1]
@@ -176,7 +236,11 @@ def scan(fault=None):
         if is_("last chunk never written"):
             end = l // chunk_size * chunk_size
             y = torch.cat([y[:, :end], torch.empty_like(y[:, end:])], 1)
-        gate = 1 if z is None else F.silu((Bend.apply(z, lambda d: 2 * d) if is_("dz twice") else z).to(wide))
+        gate = (
+            1
+            if z is None
+            else F.silu((Bend.apply(z, lambda d: 2 * d) if is_("dz twice") else z).to(wide))
+        )
         if D is not None and not is_("D skipped"):
             D = Bend.apply(D, lambda d: 0 * d) if is_("dD zero") else D
             skip = skip * (D if D.dim() == 2 else D[:, None])
@@ -184,7 +248,9 @@ def scan(fault=None):
         elif z is not None:
             y = y * gate
         if is_("dy taken as contiguous"):
-            y = Bend.apply(y, lambda d: torch.cat([d[:, :1], 0 * d[:, 1:]], 1) if d.stride(1) == 0 else d)
+            y = Bend.apply(
+                y, lambda d: torch.cat([d[:, :1], 0 * d[:, 1:]], 1) if d.stride(1) == 0 else d
+            )
         if is_("a race"):
             y = y * (1 + 1e-2 * next(calls))
         final = full if is_("final state of the last full chunk") else state
@@ -201,13 +267,17 @@ def scan(fault=None):
 # --- Around the right scan ------------------------------------------------------------------------
 
 right = scan()
-ORDER = "x dt A B C chunk_size D z dt_bias initial_states seq_idx dt_softplus dt_limit return_final_states".split()
+ORDER = (
+    "x dt A B C chunk_size D z dt_bias initial_states seq_idx "
+    "dt_softplus dt_limit return_final_states"
+).split()
 
 
 def changing(change_inputs=None, change_outputs=None):
-    """The right scan with other inputs, change(arguments by name), or other outputs, change(arguments, y, final)."""
+    """The right scan with other inputs, change(arguments by name), or other outputs,
+    change(arguments, y, final)."""
     def kernel(*args, **kwargs):
-        a = dict(zip(ORDER, args)) | kwargs
+        a = dict(zip(ORDER, args, strict=False)) | kwargs
         if change_inputs:
             a = a | change_inputs(a)
         wants = a.get("return_final_states", False)
@@ -241,7 +311,7 @@ def read_as(name, strides=None, storage_offset=None):
         d = t.detach()
         s = strides(t) if strides else list(t.stride())
         at = t.storage_offset() if storage_offset is None else storage_offset
-        reach = at + sum((size - 1) * stride for size, stride in zip(t.shape, s))
+        reach = at + sum((size - 1) * stride for size, stride in zip(t.shape, s, strict=False))
         if reach * t.element_size() >= d.untyped_storage().nbytes():
             return {}
         return {name: like(t, d.as_strided(t.shape, s, at))}
@@ -274,7 +344,11 @@ def heads_beyond_64(a, y, final):
 
 def rows_beyond_4(a):
     B = a["B"]
-    return {"B": torch.cat([B[:4], B[:1].expand(max(0, len(B) - 4), *B.shape[1:])])} if len(B) > 4 else {}
+    return (
+        {"B": torch.cat([B[:4], B[:1].expand(max(0, len(B) - 4), *B.shape[1:])])}
+        if len(B) > 4
+        else {}
+    )
 
 
 def tokens_beyond_1024(a, y, final):
@@ -297,41 +371,105 @@ def final_state_of_many_chunks(a, y, final):
 
 SIZES = {
     "y wrong from headdim 64 on": (
-        changing(None, wrong_headdim), "headdim-128", "float32", "headdim from 64 on"),
+        changing(None, wrong_headdim),
+        "headdim-128",
+        "float32",
+        "headdim from 64 on",
+    ),
     "the final state transposed where it is square": (
-        changing(None, square_state_transposed), "headdim-d_state-64", "float32", "written transposed"),
-    "a grid of 64 heads": (changing(None, heads_beyond_64), "heads-80", "float32", "head from 64 on"),
+        changing(None, square_state_transposed),
+        "headdim-d_state-64",
+        "float32",
+        "written transposed",
+    ),
+    "a grid of 64 heads": (
+        changing(None, heads_beyond_64),
+        "heads-80",
+        "float32",
+        "head from 64 on",
+    ),
     "rows from 4 on read the first row's B": (
-        changing(rows_beyond_4), "batch-9", "float32", "batch from 4 on"),
+        changing(rows_beyond_4),
+        "batch-9",
+        "float32",
+        "batch from 4 on",
+    ),
     "a grid of 1024 tokens": (
-        changing(None, tokens_beyond_1024), "tokens-1500", "float32", "position from 1024 on"),
+        changing(None, tokens_beyond_1024),
+        "tokens-1500",
+        "float32",
+        "position from 1024 on",
+    ),
     "the initial state is lost in large chunks": (
-        changing(no_initial_state_for_large_chunks), "chunk-128", "float32", "initial_states are ignored"),
+        changing(no_initial_state_for_large_chunks),
+        "chunk-128",
+        "float32",
+        "initial_states are ignored",
+    ),
     "d_state is cut to 128": (
-        changing(d_state_beyond_128), "d_state-256", "float32", "d_state from 128 on"),
+        changing(d_state_beyond_128),
+        "d_state-256",
+        "float32",
+        "d_state from 128 on",
+    ),
     "the final state is wrong after 64 chunks": (
-        changing(None, final_state_of_many_chunks), "tokens-1500", "float32", "off by the factor 1.05"),
+        changing(None, final_state_of_many_chunks),
+        "tokens-1500",
+        "float32",
+        "off by the factor 1.05",
+    ),
 }
 
 # Layouts.
 LAYOUTS = {
     "x is read with last stride 1": (
-        read_as("x", last_stride_1), "layout-channel-first", "float32", "last stride is not 1"),
+        read_as("x", last_stride_1),
+        "layout-channel-first",
+        "float32",
+        "last stride is not 1",
+    ),
     "B is read as contiguous": (
-        read_as("B", contiguous_strides), "layout-projection", "float32", "the layout of B"),
+        read_as("B", contiguous_strides),
+        "layout-projection",
+        "float32",
+        "the layout of B",
+    ),
     "z is read as contiguous": (
-        read_as("z", contiguous_strides), "layout-projection", "float32", "slices of one wide projection"),
+        read_as("z", contiguous_strides),
+        "layout-projection",
+        "float32",
+        "slices of one wide projection",
+    ),
     "x is read without its offset": (
-        read_as("x", None, 0), "layout-offset", "float32", "storage offset"),
+        read_as("x", None, 0),
+        "layout-offset",
+        "float32",
+        "storage offset",
+    ),
     "dt_bias is read without its offset": (
-        read_as("dt_bias", None, 0), "layout-offset", "float32", "the layout of dt_bias"),
+        read_as("dt_bias", None, 0),
+        "layout-offset",
+        "float32",
+        "the layout of dt_bias",
+    ),
     "A is read as contiguous": (
-        changing(lambda a: {"A": a["A"] * (2 if a["A"].stride(0) == 0 else 1)}), "layout-expanded-heads",
-        "float32", "expanded over the heads"),
+        changing(lambda a: {"A": a["A"] * (2 if a["A"].stride(0) == 0 else 1)}),
+        "layout-expanded-heads",
+        "float32",
+        "expanded over the heads",
+    ),
     "rows of x are taken as dense": (
-        changing(lambda a: {"x": a["x"] * (2 if a["x"].stride(0) == 0 else 1)}), "layout-expanded", "float32",
-        "expanded along the batch"),
-    "dy is read with last stride 1": (None, "dy-channel-first", "float32", "whose last stride is not 1"),
+        changing(lambda a: {"x": a["x"] * (2 if a["x"].stride(0) == 0 else 1)}),
+        "layout-expanded",
+        "float32",
+        "expanded along the batch",
+    ),
+    "dy is read with last stride 1": (
+        None,
+        "dy-channel-first",
+        "float32",
+        "whose last stride is not 1",
+    ),
 }
 
 
@@ -348,7 +486,7 @@ class Whole(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         if fault == "keeps its own graph":
             ctx.graph = Whole.graph(ctx, tensors)
-        out = right(**a | dict(zip(names, tensors)))
+        out = right(**a | dict(zip(names, tensors, strict=False)))
         if fault == "keeps the last call only":
             Whole.last = tensors
         return out
@@ -357,7 +495,7 @@ class Whole(torch.autograd.Function):
     def graph(ctx, tensors):
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in tensors]
-            out = right(**ctx.a | dict(zip(ctx.names, leaves)))
+            out = right(**ctx.a | dict(zip(ctx.names, leaves, strict=False)))
         return leaves, out if isinstance(out, tuple) else (out,)
 
     @staticmethod
@@ -367,18 +505,24 @@ class Whole(torch.autograd.Function):
             grads = grads[0], grads[1] * 1
         if fault == "expects a gradient of y":
             grads = (grads[0] * 1, *grads[1:])
-        if fault == "dy is read with last stride 1" and grads[0] is not None and grads[0].stride(-1) != 1:
+        if (
+            fault == "dy is read with last stride 1"
+            and grads[0] is not None
+            and grads[0].stride(-1) != 1
+        ):
             dense = grads[0].contiguous()
             grads = (dense.flip(-1), *grads[1:])
         if fault == "keeps the last call only":
             tensors = Whole.last
         leaves, outs = ctx.graph if fault == "keeps its own graph" else Whole.graph(ctx, tensors)
-        used = [(o, g) for o, g in zip(outs, grads) if g is not None]
-        found = torch.autograd.grad([o for o, _ in used], leaves, [g for _, g in used], allow_unused=True)
+        used = [(o, g) for o, g in zip(outs, grads, strict=False) if g is not None]
+        found = torch.autograd.grad(
+            [o for o, _ in used], leaves, [g for _, g in used], allow_unused=True
+        )
         if fault == "all gradients hang on that of x" and not ctx.needs_input_grad[3]:
             found = [torch.zeros_like(t) for t in tensors]
         if fault == "adds to what an earlier call left":
-            found = [Whole.add(name, g) for name, g in zip(ctx.names, found)]
+            found = [Whole.add(name, g) for name, g in zip(ctx.names, found, strict=False)]
         return None, None, None, *found
 
     @staticmethod
@@ -396,7 +540,11 @@ class Whole(torch.autograd.Function):
 
 def whole(fault):
     def kernel(*args, **kwargs):
-        a = {k: v for k, v in (dict(zip(ORDER, args)) | kwargs).items() if v is not None}
+        a = {
+            k: v
+            for k, v in (dict(zip(ORDER, args, strict=False)) | kwargs).items()
+            if v is not None
+        }
         names = [k for k, v in a.items() if torch.is_tensor(v) and v.is_floating_point()]
         rest = {k: v for k, v in a.items() if k not in names}
         return Whole.apply(fault, rest, names, *(a[k] for k in names))
@@ -452,28 +600,71 @@ def counts_calls(*args, **kwargs):
 
 CALLS = {
     "another result without gradients": (
-        changing(None, without_gradient), "no_grad", "float32", "wrong under torch.no_grad"),
+        changing(None, without_gradient),
+        "no_grad",
+        "float32",
+        "wrong under torch.no_grad",
+    ),
     "marks its input": (
-        changing(marks_its_input), "one-input-needs-gradient", "float32", "whether its inputs need a gradient"),
+        changing(marks_its_input),
+        "one-input-needs-gradient",
+        "float32",
+        "whether its inputs need a gradient",
+    ),
     "another result in inference mode": (
-        changing(None, new_in_inference), "inference_mode", "float32", "wrong under torch.inference_mode"),
+        changing(None, new_in_inference),
+        "inference_mode",
+        "float32",
+        "wrong under torch.inference_mode",
+    ),
     "all gradients hang on that of x": (
-        whole("all gradients hang on that of x"), "one-input-needs-gradient", "float32", "needs a gradient"),
+        whole("all gradients hang on that of x"),
+        "one-input-needs-gradient",
+        "float32",
+        "needs a gradient",
+    ),
     "expects a gradient of the final state": (
-        whole("expects a gradient of the final state"), "final-unused", "float32",
-        "the final state is returned and not used"),
+        whole("expects a gradient of the final state"),
+        "final-unused",
+        "float32",
+        "the final state is returned and not used",
+    ),
     "expects a gradient of y": (
-        whole("expects a gradient of y"), "final-used-alone", "float32", "uses the final state alone"),
+        whole("expects a gradient of y"),
+        "final-used-alone",
+        "float32",
+        "uses the final state alone",
+    ),
     "a graph for one use": (
-        whole("keeps its own graph"), "backward-twice", "float32", "saved tensors are freed"),
+        whole("keeps its own graph"),
+        "backward-twice",
+        "float32",
+        "saved tensors are freed",
+    ),
     "other tensors saved the second time": (
-        counts_calls, "checkpoint", "float32", "inside torch.utils.checkpoint"),
+        counts_calls,
+        "checkpoint",
+        "float32",
+        "inside torch.utils.checkpoint",
+    ),
     "steps in bfloat16 under autocast": (
-        changing(half_state_under_autocast), "autocast", "float32", "under torch.autocast"),
+        changing(half_state_under_autocast),
+        "autocast",
+        "float32",
+        "under torch.autocast",
+    ),
     "a product of two dtypes under autocast": (
-        changing(product_of_two_dtypes), "autocast-plain", "float32", "under torch.autocast"),
+        changing(product_of_two_dtypes),
+        "autocast-plain",
+        "float32",
+        "under torch.autocast",
+    ),
     "another result when compiled": (
-        changing(None, other_when_compiled), "compile", "float32", "under torch.compile"),
+        changing(None, other_when_compiled),
+        "compile",
+        "float32",
+        "under torch.compile",
+    ),
 }
 
 
@@ -542,7 +733,7 @@ def products_in_half(a, y, final):
 def other_decay(function):
     """Decays of other tokens, and x made up for it so that dt x stays."""
     def kernel(*args, **kwargs):
-        a = dict(zip(ORDER, args)) | kwargs
+        a = dict(zip(ORDER, args, strict=False)) | kwargs
         dt = a["dt"].to(torch.promote_types(a["dt"].dtype, torch.float32))
         other = function(dt)
         a["x"], a["dt"] = (a["x"] * (dt / other)[..., None]).to(a["x"].dtype), other
@@ -553,27 +744,77 @@ def other_decay(function):
 
 VALUES = {
     "limits that are the default are skipped": (
-        steps(clamped_where_asked), "dt-negative", "float32", "negative steps are not clamped to 0"),
+        steps(clamped_where_asked),
+        "dt-negative",
+        "float32",
+        "negative steps are not clamped to 0",
+    ),
     "limits that are the default are skipped, with a bias": (
-        steps(clamped_where_asked), "dt-negative-dt_bias", "float32", "negative steps are not clamped to 0"),
-    "negative steps are made positive": (steps(absolute), "dt-negative", "float32", "made positive"),
+        steps(clamped_where_asked),
+        "dt-negative-dt_bias",
+        "float32",
+        "negative steps are not clamped to 0",
+    ),
+    "negative steps are made positive": (
+        steps(absolute),
+        "dt-negative",
+        "float32",
+        "made positive",
+    ),
     "softplus overflows": (
-        steps(naive_softplus), "dt_softplus-extreme", "float32", "exp inside softplus overflows"),
+        steps(naive_softplus),
+        "dt_softplus-extreme",
+        "float32",
+        "exp inside softplus overflows",
+    ),
     "softplus without its slope": (
-        steps(softplus_without_slope), "dt_softplus", "float32", "the slope of softplus is missing"),
-    "the upper limit only": (steps(upper_limit_only), "dt_limit-low", "float32", "dt_limit is ignored"),
+        steps(softplus_without_slope),
+        "dt_softplus",
+        "float32",
+        "the slope of softplus is missing",
+    ),
+    "the upper limit only": (
+        steps(upper_limit_only),
+        "dt_limit-low",
+        "float32",
+        "dt_limit is ignored",
+    ),
     "the gradient passes through the limits": (
-        steps(slope_through_limits), "dt_limit-softplus", "float32", "the slope of the limits is missing"),
+        steps(slope_through_limits),
+        "dt_limit-softplus",
+        "float32",
+        "the slope of the limits is missing",
+    ),
     "numbers that fall are no border": (
-        numbers(lambda seq: seq.cummax(1).values), "seq_idx-falls", "float32", "that falls is not taken"),
-    "numbers of 8 bits": (numbers(lambda seq: seq % 256), "seq_idx-large-numbers", "float32", "8 bits"),
+        numbers(lambda seq: seq.cummax(1).values),
+        "seq_idx-falls",
+        "float32",
+        "that falls is not taken",
+    ),
+    "numbers of 8 bits": (
+        numbers(lambda seq: seq % 256),
+        "seq_idx-large-numbers",
+        "float32",
+        "8 bits",
+    ),
     "numbers are no border where many": (
-        numbers(lambda seq: seq.clamp(max=127)), "seq_idx-many", "float32", "position from"),
+        numbers(lambda seq: seq.clamp(max=127)),
+        "seq_idx-many",
+        "float32",
+        "position from",
+    ),
     "products out of the range of float16": (
-        changing(None, products_in_half), "products-large", "float16", "the range of float16"),
+        changing(None, products_in_half),
+        "products-large",
+        "float16",
+        "the range of float16",
+    ),
     "the decay of the token before": (
-        other_decay(lambda dt: F.pad(dt[:, :-1], (0, 0, 1, 0), value=1e-6)), "plain", "float32",
-        "the decay is off by one token"),
+        other_decay(lambda dt: F.pad(dt[:, :-1], (0, 0, 1, 0), value=1e-6)),
+        "plain",
+        "float32",
+        "the decay is off by one token",
+    ),
 }
 
 
@@ -587,7 +828,7 @@ class Remembers:
         self.fault, self.calls, self.kept = fault, 0, {}
 
     def __call__(self, *args, **kwargs):
-        a = dict(zip(ORDER, args)) | kwargs
+        a = dict(zip(ORDER, args, strict=False)) | kwargs
         self.calls += 1
         out = right(**a)
         pair = isinstance(out, tuple)
@@ -623,11 +864,22 @@ class Remembers:
         return y, final
 
     def by_shape(self, a, y, final):
-        key = tuple(y.shape), y.dtype, final is None, tuple(sorted(k for k, v in a.items() if v is not None))
+        key = (
+            tuple(y.shape),
+            y.dtype,
+            final is None,
+            tuple(sorted(k for k, v in a.items() if v is not None)),
+        )
         return self.kept.setdefault(key, (y, final))
 
     def by_pointer(self, a, y, final):
-        key = a["x"].data_ptr(), a["B"].data_ptr(), a["dt"].data_ptr(), tuple(y.shape), final is None
+        key = (
+            a["x"].data_ptr(),
+            a["B"].data_ptr(),
+            a["dt"].data_ptr(),
+            tuple(y.shape),
+            final is None,
+        )
         return self.kept.setdefault(key, (y, final))
 
 
@@ -645,17 +897,41 @@ class Shares(torch.autograd.Function):
 
 STATE = {
     "wrong in the first call of a shape": (
-        lambda: Remembers("wrong_first"), "plain", "float32", "not deterministic"),
+        lambda: Remembers("wrong_first"),
+        "plain",
+        "float32",
+        "not deterministic",
+    ),
     "wrong from the fourth call on": (
-        lambda: Remembers("wrong_later"), "fresh-values", "float32", "keeps state between calls"),
+        lambda: Remembers("wrong_later"),
+        "fresh-values",
+        "float32",
+        "keeps state between calls",
+    ),
     "one buffer for all results": (
-        lambda: Remembers("one_room"), "second-call", "float32", "looked at after a second call"),
+        lambda: Remembers("one_room"),
+        "second-call",
+        "float32",
+        "looked at after a second call",
+    ),
     "the last final state stays": (
-        lambda: Remembers("state_stays"), "fresh-values", "float32", "keeps state between calls"),
+        lambda: Remembers("state_stays"),
+        "fresh-values",
+        "float32",
+        "keeps state between calls",
+    ),
     "gradients are added to those of an earlier call": (
-        lambda: whole("adds to what an earlier call left"), "accumulate", "float32", "what the second .backward()"),
+        lambda: whole("adds to what an earlier call left"),
+        "accumulate",
+        "float32",
+        "what the second .backward()",
+    ),
     "backward reads what the last forward left": (
-        lambda: whole("keeps the last call only"), "interleaved", "float32", "both forward first"),
+        lambda: whole("keeps the last call only"),
+        "interleaved",
+        "float32",
+        "both forward first",
+    ),
 }
 
 
@@ -720,7 +996,7 @@ def asks_the_judge_for_the_truth(*args, **kwargs):
 
 
 def looks_through_memory(*args, **kwargs):
-    found = [o for o in gc.get_objects() if isinstance(o, dict) and "final_states" in o]
+    [o for o in gc.get_objects() if isinstance(o, dict) and "final_states" in o]
     return right(*args, **kwargs)
 
 
@@ -764,7 +1040,11 @@ CHEATS = {
     "remembers by shape": (lambda: Remembers("by_shape"), "fresh-values", "remembered by shape"),
     "remembers by pointer": (lambda: Remembers("by_pointer"), "fresh-values", "by pointer"),
     "hands the call on by an alias": (lambda: hands_on_by_alias, "plain", "hands the call on"),
-    "hands the call on in the backward pass": (lambda: hands_on_in_backward, "plain", "mamba2_ref: ssd_chunked"),
+    "hands the call on in the backward pass": (
+        lambda: hands_on_in_backward,
+        "plain",
+        "mamba2_ref: ssd_chunked",
+    ),
     "loosens the tolerances": (lambda: loosens_tolerances, "plain", "kernel_judge.SLACK"),
     "patches the comparison": (lambda: patches_the_comparison, "plain", "kernel_judge.excess"),
     "replaces the oracle": (lambda: replaces_the_oracle, "plain", "mamba2_ref.ssd_recurrent"),
@@ -781,11 +1061,25 @@ CHEATS = {
 
 
 def varlen(fault=None):
-    def kernel(x, dt, A, B, C, chunk_size, cu_seqlens, D=None, z=None, dt_bias=None, initial_states=None,
-               dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False):
+    def kernel(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        cu_seqlens,
+        D=None,
+        z=None,
+        dt_bias=None,
+        initial_states=None,
+        dt_softplus=False,
+        dt_limit=(0.0, math.inf),
+        return_final_states=False,
+    ):
         cu = cu_seqlens.tolist()
         state, ys, finals = None, [], []
-        for i, (start, end) in enumerate(zip(cu, cu[1:])):
+        for i, (start, end) in enumerate(zip(cu, cu[1:], strict=False)):
             c = slice(start, end)
             state = None if fault != "the state runs on" else state
             if initial_states is not None:
@@ -794,9 +1088,21 @@ def varlen(fault=None):
             if start == end:
                 finals.append(torch.zeros_like(finals[-1]) if state is None else state)
                 continue
-            y, state = right(x[:, c], dt[:, c], A, B[:, c], C[:, c], chunk_size, D=D,
-                             z=None if z is None else z[:, c], dt_bias=dt_bias, initial_states=state,
-                             dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_states=True)
+            y, state = right(
+                x[:, c],
+                dt[:, c],
+                A,
+                B[:, c],
+                C[:, c],
+                chunk_size,
+                D=D,
+                z=None if z is None else z[:, c],
+                dt_bias=dt_bias,
+                initial_states=state,
+                dt_softplus=dt_softplus,
+                dt_limit=dt_limit,
+                return_final_states=True,
+            )
             ys.append(y)
             finals.append(state)
         if fault == "final states in reverse order":
@@ -865,7 +1171,9 @@ class Layer(torch.nn.Module):
         h, convolved = inner // headdim, inner + 2 * ngroups * d_state
         self.sizes, self.q = (inner, ngroups, d_state, headdim), chunk_size
         self.in_proj = torch.nn.Linear(d_model, inner + convolved + h, bias=False)
-        self.conv1d = torch.nn.Conv1d(convolved, convolved, d_conv, groups=convolved, padding=d_conv - 1)
+        self.conv1d = torch.nn.Conv1d(
+            convolved, convolved, d_conv, groups=convolved, padding=d_conv - 1
+        )
         self.dt_bias, self.A_log, self.D = (torch.nn.Parameter(torch.ones(h)) for _ in range(3))
         self.norm = torch.nn.Module()
         self.norm.weight = torch.nn.Parameter(torch.ones(inner))
@@ -880,9 +1188,17 @@ class Layer(torch.nn.Module):
         x, B, C = xBC.split([inner, g * n, g * n], -1)
         bias = None if self.fault == "dt_bias is left out" else self.dt_bias
         D = None if self.fault == "D is left out" else self.D
-        y = right(x.unflatten(-1, (-1, p)), dt, -self.A_log.float().exp() if u.dtype != torch.float64
-                  else -self.A_log.exp(), B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n)), self.q, D=D,
-                  dt_bias=bias, dt_softplus=True).flatten(2)
+        y = right(
+            x.unflatten(-1, (-1, p)),
+            dt,
+            -self.A_log.float().exp() if u.dtype != torch.float64 else -self.A_log.exp(),
+            B.unflatten(-1, (g, n)),
+            C.unflatten(-1, (g, n)),
+            self.q,
+            D=D,
+            dt_bias=bias,
+            dt_softplus=True,
+        ).flatten(2)
         if self.fault == "the norm comes before the gate":
             y = self.normed(y, g) * F.silu(z)
         else:
@@ -899,33 +1215,71 @@ def layer(fault):
 
 
 OTHERS = {
-    "varlen": (varlen(), {
-        "the state runs on": (varlen("the state runs on"), "plain", "the state leaks over the borders"),
-        "all sequences start from the first state": (
-            varlen("all sequences start from the first state"), "initial_states", "the first sequence's state"),
-        "final states in reverse order": (
-            varlen("final states in reverse order"), "final_states", "y is right, final_states are not"),
-    }),
-    "step": (step(), {
-        "another state is made": (step("another state is made"), "plain", "not updated in place"),
-        "reads the state before it is written": (
-            step("reads the state before it is written"), "plain",
-            "reads the state before it writes"),
-        "dt_bias is left out": (step("dt_bias is left out"), "all", "dt_bias is left out"),
-        "groups in turn": (step("groups in turn"), "plain", "groups in turn"),
-    }),
-    "bidirectional": (bidirectional(), {
-        "forward only": (bidirectional("forward only"), "plain", "only the forward direction"),
-        "D in each direction": (bidirectional("D in each direction"), "D", "in each direction"),
-        "not flipped back": (bidirectional("not flipped back"), "plain", "not flipped back"),
-    }),
-    "layer": (Layer, {
-        "D is left out": (layer("D is left out"), "plain", "D x is left out"),
-        "dt_bias is left out": (layer("dt_bias is left out"), "plain", "dt_bias is left out"),
-        "one norm for all groups": (layer("one norm for all groups"), "plain", "one norm for all groups"),
-        "the norm comes before the gate": (
-            layer("the norm comes before the gate"), "plain", "the norm comes before the gate"),
-        "the convolution looks ahead": (
-            layer("the convolution looks ahead"), "plain", "the convolution looks ahead"),
-    }),
+    "varlen": (
+        varlen(),
+        {
+            "the state runs on": (
+                varlen("the state runs on"),
+                "plain",
+                "the state leaks over the borders",
+            ),
+            "all sequences start from the first state": (
+                varlen("all sequences start from the first state"),
+                "initial_states",
+                "the first sequence's state",
+            ),
+            "final states in reverse order": (
+                varlen("final states in reverse order"),
+                "final_states",
+                "y is right, final_states are not",
+            ),
+        },
+    ),
+    "step": (
+        step(),
+        {
+            "another state is made": (
+                step("another state is made"),
+                "plain",
+                "not updated in place",
+            ),
+            "reads the state before it is written": (
+                step("reads the state before it is written"),
+                "plain",
+                "reads the state before it writes",
+            ),
+            "dt_bias is left out": (step("dt_bias is left out"), "all", "dt_bias is left out"),
+            "groups in turn": (step("groups in turn"), "plain", "groups in turn"),
+        },
+    ),
+    "bidirectional": (
+        bidirectional(),
+        {
+            "forward only": (bidirectional("forward only"), "plain", "only the forward direction"),
+            "D in each direction": (bidirectional("D in each direction"), "D", "in each direction"),
+            "not flipped back": (bidirectional("not flipped back"), "plain", "not flipped back"),
+        },
+    ),
+    "layer": (
+        Layer,
+        {
+            "D is left out": (layer("D is left out"), "plain", "D x is left out"),
+            "dt_bias is left out": (layer("dt_bias is left out"), "plain", "dt_bias is left out"),
+            "one norm for all groups": (
+                layer("one norm for all groups"),
+                "plain",
+                "one norm for all groups",
+            ),
+            "the norm comes before the gate": (
+                layer("the norm comes before the gate"),
+                "plain",
+                "the norm comes before the gate",
+            ),
+            "the convolution looks ahead": (
+                layer("the convolution looks ahead"),
+                "plain",
+                "the convolution looks ahead",
+            ),
+        },
+    ),
 }

@@ -2,21 +2,22 @@
 
     from kernel_judge import judge
     verdict = judge(kernel)                  # signature of mamba_ssm's mamba_chunk_scan_combined
-    print(verdict)                           # what was judged, what is wrong and where, what is lacking
-    assert verdict.ok
+    print(verdict)                           # what was judged, what is wrong and where, what is
+    lacking assert verdict.ok
 
-The command is `python -m pytest tests/test_kernel.py --kernel package.module:function`; each of its options is a
-keyword of `judge`. docs/kernels.md is the manual.
+The command is `python -m pytest tests/test_kernel.py --kernel package.module:function`; each of its
+options is a keyword of `judge`. docs/kernels.md is the manual.
 
-Read in this order: the cases, one line per feature; `chunked_with_errors`, where the tolerances come from; the
-signatures; the ways of calling; `judge_case`; `explain`; `judge`.
+Read in this order: the cases, one line per feature; `chunked_with_errors`, where the tolerances
+come from; the signatures; the ways of calling; `judge_case`; `explain`; `judge`.
 
-The tolerance of every tensor is measured, not guessed. The truth is the recurrence in float64 on the very inputs
-that the kernel got. Beside it the chunked algorithm runs in float64 with an error put in wherever a careful kernel
-of that dtype rounds: operands of products in the dtype, sums and states in float32, results in the dtype. What a few
-such draws miss the truth by is what a right kernel may miss it by, times SLACK. Since the errors go in at the
-summands, a result that is small because its summands cancel (dA, most of all) gets the tolerance of its summands. A
-kernel that *sums* in half precision loses much more than one that rounds operands, and fails.
+The tolerance of every tensor is measured, not guessed. The truth is the recurrence in float64 on
+the very inputs that the kernel got. Beside it the chunked algorithm runs in float64 with an error
+put in wherever a careful kernel of that dtype rounds: operands of products in the dtype, sums and
+states in float32, results in the dtype. What a few such draws miss the truth by is what a right
+kernel may miss it by, times SLACK. Since the errors go in at the summands, a result that is small
+because its summands cancel (dA, most of all) gets the tolerance of its summands. A kernel that
+*sums* in half precision loses much more than one that rounds operands, and fails.
 """
 import builtins
 import contextlib
@@ -55,8 +56,8 @@ NAME_OF = {d: name for name, d in DTYPES.items()}
 
 
 # --- The cases: one line per feature --------------------------------------------------------------
-# Sizes b l h p g n and the chunk q; steps dt and decay rates |A| log-uniform in a range; options by name. 4 heads in
-# 2 groups and sizes that are no powers of two unless a case says otherwise.
+# Sizes b l h p g n and the chunk q; steps dt and decay rates |A| log-uniform in a range; options by
+# name. 4 heads in 2 groups and sizes that are no powers of two unless a case says otherwise.
 
 BASE = dict(b=1, l=21, h=4, p=5, g=2, n=7, q=8, dt=(0.02, 0.3), A=(0.3, 3.0), mean=0.0,
             scale=1.0, dy=1.0, opts="final")
@@ -90,13 +91,23 @@ SIZES = {
     "tokens-1500": dict(l=1500, q=16, h=2, g=1, p=4, A=(0.01, 1.0), opts="initial_states final"),
     "tokens-2100": dict(l=2100, q=256, h=2, g=1, p=3, n=4, A=(0.01, 1.0), opts="final"),
     "headdim-d_state-64": dict(l=70, q=32, h=4, p=64, n=64, opts="initial_states final"),
-    "headdim-64-d_state-128": dict(b=2, l=70, q=64, h=2, g=1, p=64, n=128, opts="initial_states final"),
+    "headdim-64-d_state-128": dict(
+        b=2, l=70, q=64, h=2, g=1, p=64, n=128, opts="initial_states final"
+    ),
     "headdim-128": dict(l=70, q=64, h=2, g=1, p=128, n=64, opts="D-headdim z initial_states final"),
     "headdim-d_state-128": dict(l=40, q=16, h=2, g=1, p=128, n=128, opts="initial_states final"),
     "d_state-256": dict(l=70, q=64, h=2, g=1, p=64, n=256, opts="initial_states final"),
     "past-tiles": dict(l=67, q=65, h=2, g=1, p=65, n=129, opts="initial_states final"),
-    "mamba2-130m": dict(l=270, q=256, h=24, g=1, p=64, n=128, A=(0.01, 1.0),
-                        opts="D dt_bias dt_softplus initial_states final"),
+    "mamba2-130m": dict(
+        l=270,
+        q=256,
+        h=24,
+        g=1,
+        p=64,
+        n=128,
+        A=(0.01, 1.0),
+        opts="D dt_bias dt_softplus initial_states final",
+    ),
 }
 OPTIONS = {
     "D": dict(opts="D"),
@@ -127,7 +138,8 @@ PACKED = {
     "seq_idx-many": dict(l=450, h=2, g=1, p=3, n=4, q=64, opts="seq_idx=many final"),
     "seq_idx-padding": dict(b=2, opts="seq_idx=3,8,15 numbers=padding"),
 }
-# Steps and rates from tiny to such that exp underflows; sums that lose their digits in half precision.
+# Steps and rates from tiny to such that exp underflows; sums that lose their digits in half
+# precision.
 VALUES = {
     "dt-tiny": dict(dt=(1e-6, 1e-4)),
     "dt-negative": dict(opts="dt-negative final"),
@@ -150,7 +162,9 @@ VALUES = {
 LAYOUTS = {
     "views": dict(b=2, opts="layout=odd z initial_states final seq_idx=10"),
     "views-D": dict(opts="layout=odd D"),
-    "layout-projection": dict(b=2, opts="layout=projection z D dt_bias dt_softplus initial_states final"),
+    "layout-projection": dict(
+        b=2, opts="layout=projection z D dt_bias dt_softplus initial_states final"
+    ),
     "layout-channel-first": dict(b=2, opts="layout=channel-first z D initial_states final"),
     "layout-offset": dict(b=2, opts="layout=offset z dt_bias initial_states final"),
     "layout-expanded": dict(b=3, opts="layout=expanded z initial_states final"),
@@ -186,19 +200,48 @@ STATE = {
 }
 # Only with --thorough: real models as they are, and long.
 THOROUGH = {
-    "tokens-5000": dict(l=5000, q=256, h=2, g=1, p=3, n=4, A=(0.003, 0.3), opts="initial_states final"),
+    "tokens-5000": dict(
+        l=5000, q=256, h=2, g=1, p=3, n=4, A=(0.003, 0.3), opts="initial_states final"
+    ),
     "mamba2-2.7b": dict(l=150, q=256, h=80, g=1, p=64, n=128, A=(0.01, 1.0), opts=ALL),
-    "codestral": dict(l=140, q=128, h=128, g=8, p=64, n=128, A=(0.01, 1.0),
-                      opts="D dt_bias dt_softplus initial_states final"),
-    "falcon-h1": dict(l=270, q=256, h=24, g=1, p=64, n=256, A=(0.01, 1.0),
-                      opts="D dt_bias dt_softplus final"),
-    "zamba2": dict(b=2, l=530, q=256, h=16, g=2, p=64, n=64, A=(0.01, 1.0),
-                   opts="D dt_bias dt_softplus initial_states final layout=projection"),
+    "codestral": dict(
+        l=140,
+        q=128,
+        h=128,
+        g=8,
+        p=64,
+        n=128,
+        A=(0.01, 1.0),
+        opts="D dt_bias dt_softplus initial_states final",
+    ),
+    "falcon-h1": dict(
+        l=270, q=256, h=24, g=1, p=64, n=256, A=(0.01, 1.0), opts="D dt_bias dt_softplus final"
+    ),
+    "zamba2": dict(
+        b=2,
+        l=530,
+        q=256,
+        h=16,
+        g=2,
+        p=64,
+        n=64,
+        A=(0.01, 1.0),
+        opts="D dt_bias dt_softplus initial_states final layout=projection",
+    ),
     "batch-70": dict(b=70, l=9, h=2, g=1, p=3, n=4, q=4),
     "headdim-256": dict(l=40, q=32, h=2, g=1, p=256, n=32, opts="initial_states final"),
 }
-SCAN = {"lengths": LENGTHS, "options": OPTIONS, "packed": PACKED, "values": VALUES, "layouts": LAYOUTS,
-        "calls": CALLS, "state": STATE, "sizes": SIZES, "thorough": THOROUGH}
+SCAN = {
+    "lengths": LENGTHS,
+    "options": OPTIONS,
+    "packed": PACKED,
+    "values": VALUES,
+    "layouts": LAYOUTS,
+    "calls": CALLS,
+    "state": STATE,
+    "sizes": SIZES,
+    "thorough": THOROUGH,
+}
 
 VARLEN = {
     "lengths": {
@@ -245,11 +288,15 @@ VARLEN = {
         "resized": dict(opts="cu=5,13 call=resized initial_states final"),
     },
     "sizes": {
-        "chunk-256": dict(l=600, q=256, h=2, g=1, A=(0.01, 1.0), opts="cu=100,300 initial_states final"),
-        "headdim-64-d_state-128": dict(l=70, q=64, h=2, g=1, p=64, n=128,
-                                       opts="cu=20,41 initial_states final"),
-        "headdim-d_state-64": dict(l=70, q=32, h=2, g=1, p=64, n=64,
-                                   opts="cu=20,41 initial_states final"),
+        "chunk-256": dict(
+            l=600, q=256, h=2, g=1, A=(0.01, 1.0), opts="cu=100,300 initial_states final"
+        ),
+        "headdim-64-d_state-128": dict(
+            l=70, q=64, h=2, g=1, p=64, n=128, opts="cu=20,41 initial_states final"
+        ),
+        "headdim-d_state-64": dict(
+            l=70, q=32, h=2, g=1, p=64, n=64, opts="cu=20,41 initial_states final"
+        ),
         "heads-24": dict(h=24, g=1, p=3, n=4, opts="cu=5,13 initial_states final"),
     },
 }
@@ -281,7 +328,9 @@ STEP = {
     },
     "layouts": {
         "views": dict(b=2, opts="layout=odd z initial_states"),
-        "layout-projection": dict(b=2, opts="layout=projection D z dt_bias dt_softplus initial_states"),
+        "layout-projection": dict(
+            b=2, opts="layout=projection D z dt_bias dt_softplus initial_states"
+        ),
     },
     "state": {
         "repeats": dict(b=2, opts="call=repeats initial_states"),
@@ -292,33 +341,47 @@ STEP = {
     "sizes": {
         "batch-9": dict(b=9, l=5),
         "heads-80": dict(h=80, g=1, p=3, n=4, l=5),
-        "headdim-64-d_state-128": dict(l=9, h=4, p=64, n=128, opts="D dt_bias dt_softplus initial_states"),
+        "headdim-64-d_state-128": dict(
+            l=9, h=4, p=64, n=128, opts="D dt_bias dt_softplus initial_states"
+        ),
         "headdim-d_state-64": dict(l=9, h=4, p=64, n=64, opts="initial_states"),
         "headdim-128-d_state-256": dict(l=5, h=2, g=1, p=128, n=256, opts="initial_states"),
     },
 }
 BIDIRECTIONAL = {
     "lengths": {k: LENGTHS[k] | {"opts": ""} for k in LENGTHS},
-    "options": {k: v for k, v in OPTIONS.items() if "states" not in k and k != "all"} | {
-        "all": dict(b=2, opts="D-headdim z dt_bias dt_softplus dt_limit")},
-    "values": {k: VALUES[k] | {"opts": ""} for k in ("dt-tiny", "A-tiny", "A-huge", "A-dt-mixed", "long-memory")}
+    "options": {k: v for k, v in OPTIONS.items() if "states" not in k and k != "all"}
+    | {"all": dict(b=2, opts="D-headdim z dt_bias dt_softplus dt_limit")},
+    "values": {
+        k: VALUES[k] | {"opts": ""}
+        for k in ("dt-tiny", "A-tiny", "A-huge", "A-dt-mixed", "long-memory")
+    }
     | {"dt-negative": dict(opts="dt-negative")},
-    "layouts": {"views": dict(b=2, opts="layout=odd z D"),
-                "layout-projection": dict(b=2, opts="layout=projection z D dt_bias dt_softplus"),
-                "dy-expanded": dict(b=2, opts="dy=expanded")},
-    "calls": {"no_grad": dict(b=2, opts="call=no_grad D z"),
-              "one-input-needs-gradient": dict(b=2, opts="call=one-gradient D z dt_bias dt_softplus"),
-              "backward-twice": dict(b=2, opts="call=backward-twice D z"),
-              "checkpoint": dict(b=2, opts="call=checkpoint D z")},
-    "state": {"repeats": dict(b=2, opts="call=repeats D z"),
-              "fresh-values": dict(b=2, opts="call=fresh-values D z"),
-              "interleaved": dict(b=2, opts="call=interleaved D z"),
-              "resized": dict(b=2, opts="call=resized D z")},
-    "sizes": {"chunk-256": dict(l=600, q=256, h=2, g=1, A=(0.01, 1.0), opts=""),
-              "heads-24": dict(h=24, g=1, p=3, n=4, opts=""),
-              "headdim-64-d_state-128": dict(l=70, q=64, h=2, g=1, p=64, n=128, opts="")},
+    "layouts": {
+        "views": dict(b=2, opts="layout=odd z D"),
+        "layout-projection": dict(b=2, opts="layout=projection z D dt_bias dt_softplus"),
+        "dy-expanded": dict(b=2, opts="dy=expanded"),
+    },
+    "calls": {
+        "no_grad": dict(b=2, opts="call=no_grad D z"),
+        "one-input-needs-gradient": dict(b=2, opts="call=one-gradient D z dt_bias dt_softplus"),
+        "backward-twice": dict(b=2, opts="call=backward-twice D z"),
+        "checkpoint": dict(b=2, opts="call=checkpoint D z"),
+    },
+    "state": {
+        "repeats": dict(b=2, opts="call=repeats D z"),
+        "fresh-values": dict(b=2, opts="call=fresh-values D z"),
+        "interleaved": dict(b=2, opts="call=interleaved D z"),
+        "resized": dict(b=2, opts="call=resized D z"),
+    },
+    "sizes": {
+        "chunk-256": dict(l=600, q=256, h=2, g=1, A=(0.01, 1.0), opts=""),
+        "heads-24": dict(h=24, g=1, p=3, n=4, opts=""),
+        "headdim-64-d_state-128": dict(l=70, q=64, h=2, g=1, p=64, n=128, opts=""),
+    },
 }
-# Here p, n and g are those of the scan inside, d_model is h p / 2, and w is the width of the convolution.
+# Here p, n and g are those of the scan inside, d_model is h p / 2, and w is the width of the
+# convolution.
 LAYER = {
     "lengths": {
         "plain": dict(b=2, p=8, w=4, opts=""),
@@ -340,21 +403,49 @@ LAYER = {
     "sizes": {"headdim-64-d_state-128": dict(l=40, q=32, h=2, p=64, g=1, n=128, w=4, opts=""),
               "heads-24": dict(h=24, g=1, p=4, w=4, opts="")},
 }
-# What official kernels define and others need not: judged, and called lacking, not wrong, unless required.
+# What official kernels define and others need not: judged, and called lacking, not wrong, unless
+# required.
 OPTIONAL = {"seq_idx-padding", "empty"}
-WORDS = {"D": (), "D-headdim": (), "z": (), "dt_bias": (), "dt_softplus": (), "dt_limit": ("", "low", "high"),
-         "initial_states": (), "final": (), "dt-negative": (), "dt-zero": (), "seq_idx": None, "cu": None,
-         "numbers": ("fall", "above-0", "large", "padding"),
-         "layout": ("odd", "projection", "channel-first", "offset", "expanded", "expanded-heads"),
-         "dy": ("zero", "expanded", "channel-first", "odd"),
-         "call": ("no_grad", "inference_mode", "one-gradient", "final-unused", "final-alone",
-                  "backward-twice", "checkpoint", "autocast", "compile", "repeats", "second-call",
-                  "fresh-values", "interleaved", "resized", "accumulate")}
+WORDS = {
+    "D": (),
+    "D-headdim": (),
+    "z": (),
+    "dt_bias": (),
+    "dt_softplus": (),
+    "dt_limit": ("", "low", "high"),
+    "initial_states": (),
+    "final": (),
+    "dt-negative": (),
+    "dt-zero": (),
+    "seq_idx": None,
+    "cu": None,
+    "numbers": ("fall", "above-0", "large", "padding"),
+    "layout": ("odd", "projection", "channel-first", "offset", "expanded", "expanded-heads"),
+    "dy": ("zero", "expanded", "channel-first", "odd"),
+    "call": (
+        "no_grad",
+        "inference_mode",
+        "one-gradient",
+        "final-unused",
+        "final-alone",
+        "backward-twice",
+        "checkpoint",
+        "autocast",
+        "compile",
+        "repeats",
+        "second-call",
+        "fresh-values",
+        "interleaved",
+        "resized",
+        "accumulate",
+    ),
+}
 LIMITS = {"": (0.06, 0.15), "low": (0.06, INF), "high": (0.0, 0.15)}
 
 
 def parse(spec, signature="scan"):
-    """"feature:l=17,opts=D+z" -> (feature, the whole case). Raises ValueError for what is not known."""
+    """"feature:l=17,opts=D+z" -> (feature, the whole case). Raises ValueError for what is not
+    known."""
     cases = SIGNATURES[signature].cases if isinstance(signature, str) else signature.cases
     feature, _, changes = spec.partition(":")
     if feature not in cases:
@@ -411,7 +502,11 @@ class Inputs:
     free: dict = dataclasses.field(default_factory=dict)       # name -> places that nobody judges
 
     def tensors(self):
-        return [*self.t.values(), *self.d.values(), *(v for v in self.kw.values() if torch.is_tensor(v))]
+        return [
+            *self.t.values(),
+            *self.d.values(),
+            *(v for v in self.kw.values() if torch.is_tensor(v)),
+        ]
 
     def double(self):
         double = lambda tensors: {k: v.double() for k, v in tensors.items()}
@@ -422,8 +517,9 @@ class Draw:
     """Random numbers in float64, the same for the same seed on every machine."""
 
     def __init__(self, feature, seed):
-        self.generator = torch.Generator().manual_seed(zlib.crc32(f"{feature} {seed}".encode()) if seed
-                                                       else zlib.crc32(feature.encode()))
+        self.generator = torch.Generator().manual_seed(
+            zlib.crc32(f"{feature} {seed}".encode()) if seed else zlib.crc32(feature.encode())
+        )
 
     def normal(self, *shape):
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
@@ -452,9 +548,13 @@ def build(feature, case, dtype, device="cpu", seed=0):
     # The rates of the heads span the whole range in every draw.
     exponents = torch.linspace(0, 1, h, dtype=torch.float64)[draw.order(h)]
     t["A"] = -case["A"][0] * (case["A"][1] / case["A"][0]) ** exponents
-    if "dt_limit" in opts:              # so near to a limit, half precision may fall on either side of it
+    if "dt_limit" in opts:  # so near to a limit, half precision may fall on either side of it
         for limit in LIMITS[opts["dt_limit"]]:
-            t["dt"] = torch.where((t["dt"] - limit).abs() < 0.03 * min(limit, 1), t["dt"] + 0.07 * min(limit, 1), t["dt"])
+            t["dt"] = torch.where(
+                (t["dt"] - limit).abs() < 0.03 * min(limit, 1),
+                t["dt"] + 0.07 * min(limit, 1),
+                t["dt"],
+            )
     if "dt-negative" in opts:
         t["dt"] = torch.where(draw.uniform(b, l, h) < 0.4, -t["dt"], t["dt"])
     if "dt_softplus" in opts:
@@ -495,7 +595,9 @@ def build(feature, case, dtype, device="cpu", seed=0):
 def finished(t, kw, d, case, opts, dtype, single, device):
     """Dtypes, device and layout, and what is zero or free."""
     in_single = {"A", "D", "dt_bias", "initial_states", "final_states"}
-    cast = lambda tensors: {k: v.to(single if k in in_single else dtype).to(device) for k, v in tensors.items()}
+    cast = lambda tensors: {
+        k: v.to(single if k in in_single else dtype).to(device) for k, v in tensors.items()
+    }
     t, d = cast(t), cast(d)
     kw = {k: v.to(device) if torch.is_tensor(v) else v for k, v in kw.items()}
     inputs = Inputs(t, kw, d, case["q"])
@@ -504,7 +606,7 @@ def finished(t, kw, d, case, opts, dtype, single, device):
         d["y"] = torch.zeros_like(d["y"])
     if call == "final-unused" and "final_states" in d:
         d["final_states"] = torch.zeros_like(d["final_states"])
-    if "dt-zero" in opts:                # a limit is touched: half of the conventions give 0 for its slope
+    if "dt-zero" in opts:  # a limit is touched: half of the conventions give 0 for its slope
         inputs.free["ddt"] = t["dt"].cpu() == 0
     if opts.get("numbers") == "padding":
         padding = kw["seq_idx"] < 0
@@ -514,7 +616,7 @@ def finished(t, kw, d, case, opts, dtype, single, device):
         inputs.free["dA"] = None
     if "layout" in opts:
         arrange(inputs, opts["layout"])
-    if opts.get("dy") == "expanded":                                    # what y.sum().backward() sends
+    if opts.get("dy") == "expanded":  # what y.sum().backward() sends
         d["y"] = d["y"].flatten()[:1].view([1] * d["y"].dim()).expand_as(d["y"])
     elif opts.get("dy") == "channel-first":
         d["y"] = channel_first(d["y"])
@@ -527,7 +629,7 @@ def borders_of(text, l):
     """Where sequences begin, in a row of l tokens."""
     if text == "every-1":
         return list(range(1, l))
-    if text == "many":                                                  # of one token and of two, in turn
+    if text == "many":  # of one token and of two, in turn
         return [i for i in range(1, l) if i % 3]
     return [int(s) for s in text.split(",") if s and int(s) <= l]
 
@@ -542,8 +644,10 @@ def numbered(opts, b, l):
     elif numbers == "above-0":
         number = number * 2 + 3
     elif numbers == "large":
-        number = 70_000 + torch.tensor([0, 256, 65_792, 65_793])[number]   # 8 bits and 16 lose a border each
-    elif numbers == "padding":                                          # the second and the last of them
+        number = (
+            70_000 + torch.tensor([0, 256, 65_792, 65_793])[number]
+        )  # 8 bits and 16 lose a border each
+    elif numbers == "padding":  # the second and the last of them
         number = torch.where((number == 1) | (number == number.max()), -1, number)
     return number.int()
 
@@ -563,12 +667,12 @@ def arrange(inputs, layout):
         t.update({k: v[:1].expand_as(v) for k, v in t.items() if k in rows})
     elif layout == "expanded-heads":
         t.update({k: t[k][:1].expand_as(t[k]) for k in ("A", "dt_bias") if k in t})
-    else:                                                               # slices of one wide projection
+    else:  # slices of one wide projection
         wide = torch.cat([t[k].flatten(2) for k in tokens], 2)          # (b, l, all)
         if layout == "channel-first":
             wide = wide.transpose(1, 2).contiguous().transpose(1, 2)
         parts = wide.split([t[k].flatten(2).shape[2] for k in tokens], 2)
-        for k, part in zip(tokens, parts):
+        for k, part in zip(tokens, parts, strict=False):
             t[k] = part.unflatten(2, t[k].shape[2:]) if t[k].dim() == 4 else part
 
 
@@ -591,7 +695,8 @@ def channel_first(t):
 
 
 def build_layer(feature, case, dtype, device="cpu", seed=0):
-    """Tokens u, and parameters by the names of mamba_ssm.modules.mamba2.Mamba2, dots as double underscores."""
+    """Tokens u, and parameters by the names of mamba_ssm.modules.mamba2.Mamba2, dots as double
+    underscores."""
     b, l, h, p, g, n, w = (case[k] for k in "blhpgnw")
     draw, opts = Draw(feature, seed), options_of(case)
     inner = h * p
@@ -634,7 +739,7 @@ def outputs(scan, t, kw, q):
     if isinstance(out, tuple) != wants or (wants and len(out) != 2):
         what = f"a tuple of {len(out)}" if isinstance(out, tuple) else "one value"
         raise Wrong(f"returned {what} with return_final_states={wants}")
-    return dict(zip(("y", "final_states"), out if wants else (out,)))
+    return dict(zip(("y", "final_states"), out if wants else (out,), strict=False))
 
 
 class Wrong(Exception):
@@ -647,8 +752,17 @@ def recurrent(x, dt, A, B, C, chunk_size, *, initial_states=None, seq_idx=None,
     l, numbers = x.shape[1], x[:, 0].numel() * B.shape[-1]
     segment = max(16, 2**21 // numbers)
     if l <= segment:
-        return mamba2_ref.ssd_recurrent(x, dt, A, B, C, initial_states=initial_states, seq_idx=seq_idx,
-                                        return_final_states=return_final_states, **kw)
+        return mamba2_ref.ssd_recurrent(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            initial_states=initial_states,
+            seq_idx=seq_idx,
+            return_final_states=return_final_states,
+            **kw,
+        )
     state, ys = initial_states, []
     for i in range(0, l, segment):
         c = slice(i, i + segment)
@@ -658,8 +772,18 @@ def recurrent(x, dt, A, B, C, chunk_size, *, initial_states=None, seq_idx=None,
             if i:
                 kept = seq_idx[:, i] == seq_idx[:, i - 1]
                 state = torch.where(kept[:, None, None, None], state, 0.0)
-        y, state = checkpoint(mamba2_ref.ssd_recurrent, x[:, c], dt[:, c], A, B[:, c], C[:, c], **part,
-                              initial_states=state, return_final_states=True, use_reentrant=False)
+        y, state = checkpoint(
+            mamba2_ref.ssd_recurrent,
+            x[:, c],
+            dt[:, c],
+            A,
+            B[:, c],
+            C[:, c],
+            **part,
+            initial_states=state,
+            return_final_states=True,
+            use_reentrant=False,
+        )
         ys.append(y)
     return (torch.cat(ys, 1), state) if return_final_states else torch.cat(ys, 1)
 
@@ -693,15 +817,18 @@ class Rounding(torch.autograd.Function):
 class Noise:
     """Where a careful kernel rounds.
 
-    u is the unit roundoff of what is stored in the tested dtype: results and operands of products. u_sum is that of
-    what a kernel keeps in float32, times the root of the number of summands: a random walk of rounding errors. u_in
-    is not 0 only where the inputs themselves are cut before a product, as to tf32. eps is what rounding loses of a 1.
+    u is the unit roundoff of what is stored in the tested dtype: results and operands of products.
+    u_sum is that of what a kernel keeps in float32, times the root of the number of summands: a
+    random walk of rounding errors. u_in is not 0 only where the inputs themselves are cut before a
+    product, as to tf32. eps is what rounding loses of a 1.
     """
 
     def __init__(self, precision, summands, tf32):
         self.eps = torch.finfo(torch.promote_types(precision, torch.float32)).eps / 2
         self.u_sum = self.eps * math.sqrt(summands)
-        self.u_in = 2**-10 if tf32 and precision == torch.float32 else 0.0  # the 13 bits that tf32 lacks
+        self.u_in = (
+            2**-10 if tf32 and precision == torch.float32 else 0.0
+        )  # the 13 bits that tf32 lacks
         self.u = max(torch.finfo(precision).eps / 2, self.u_sum, self.u_in)
         # float16 ends at the bottom, too: there the error no longer shrinks with the value.
         self.least = 2**-25 if precision == torch.float16 else 1e-40
@@ -730,7 +857,8 @@ class Noise:
         return self.eps * Rounding.errors(t)
 
     def state(self, t, errors):
-        """A state that hardly changes from chunk to chunk is rounded the same way in each: one error for all."""
+        """A state that hardly changes from chunk to chunk is rounded the same way in each: one
+        error for all."""
         return Rounding.apply(t, self.u, self.u, self.least, errors)
 
 
@@ -740,18 +868,35 @@ class Exact:
     each = staticmethod(lambda t, like: t)
 
 
-def chunked_with_errors(x, dt, A, B, C, q, *, noise, D=None, z=None, dt_bias=None, initial_states=None,
-                        seq_idx=None, dt_softplus=False, dt_limit=(0.0, INF), return_final_states=False):
-    """The chunked algorithm with rounding errors where a kernel has them. A leading axis k of draws on each tensor."""
+def chunked_with_errors(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    q,
+    *,
+    noise,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    seq_idx=None,
+    dt_softplus=False,
+    dt_limit=(0.0, INF),
+    return_final_states=False,
+):
+    """The chunked algorithm with rounding errors where a kernel has them. A leading axis k of draws
+    on each tensor."""
     op, add, each = noise.op, noise.add, noise.each
     x, B, C, dt = noise.own(x), noise.own(B), noise.own(C), noise.step(dt)      # (k, b, l, ...)
     b, l, h = dt.shape[1:]
     dt = dt if dt_bias is None else dt + each(dt_bias[:, None, None], dt)
-    if dt_softplus:                      # kernels compute log(1 + exp(dt)): the 1 costs a small step its digits
+    if dt_softplus:  # kernels compute log(1 + exp(dt)): the 1 costs a small step its digits
         dt = F.softplus(dt) + noise.near_1(dt)
     dt = dt.clamp(*dt_limit)
     if dt_bias is not None or dt_softplus or dt_limit != (0.0, INF):
-        dt = op(dt)                                                     # some return the step to the dtype
+        dt = op(dt)  # some return the step to the dtype
     # (k, b, l, h); a recurrent kernel rounds exp(a), which may be near 1
     a = each(A[:, None, None], dt) * dt + noise.near_1(dt)
     B, C = (t.repeat_interleave(h // t.shape[3], 3) for t in (B, C))    # (k, b, l, h, n)
@@ -763,18 +908,28 @@ def chunked_with_errors(x, dt, A, B, C, q, *, noise, D=None, z=None, dt_bias=Non
         state = x.new_zeros(*x.shape[:2], *x.shape[3:], B.shape[-1])    # (k, b, h, p, n)
     same_errors = Rounding.errors(state), Rounding.errors(state)
     for c in (slice(i, min(i + q, l)) for i in range(0, l, q)):
-        s, sums, x_c, B_c, C_c = sequence[:, c], a[:, :, c].cumsum(2), x[:, :, c], B[:, :, c], C[:, :, c]
+        s, sums, x_c, B_c, C_c = (
+            sequence[:, c],
+            a[:, :, c].cumsum(2),
+            x[:, :, c],
+            B[:, :, c],
+            C[:, :, c],
+        )
         start, end = add(sums), add(sums[:, :, -1:])                    # (k, b, i, h), (k, b, 1, h)
         same = (s[:, :, None] == s[:, None]).tril()[..., None]          # (b, i, j, 1)
         L = (start[:, :, :, None] - add(sums)[:, :, None]).masked_fill(~same, -INF).exp()
         M = op(torch.einsum("kbihn,kbjhn->kbijh", C_c, B_c) * L * dt[:, :, None, c])
-        into = torch.where((s == before[:, None])[..., None], start.exp(), 0.0)         # (k, b, i, h)
+        into = torch.where((s == before[:, None])[..., None], start.exp(), 0.0)  # (k, b, i, h)
         out = torch.where((s == s[:, -1:])[..., None], (end - add(sums)).exp(), 0.0) * dt[:, :, c]
         y = torch.einsum("kbijh,kbjhp->kbihp", M, x_c)
         read = torch.einsum("kbihn,kbhpn->kbihp", C_c, noise.state(state, same_errors))
         ys.append(add(y + into[..., None] * read))
-        keep = torch.where((s[:, -1] == before)[:, None, None], end.exp(), 0.0)[:, :, 0, :, None, None]
-        state = add(keep * state + torch.einsum("kbjhn,kbjhp->kbhpn", op(out[..., None] * B_c), x_c))
+        keep = torch.where((s[:, -1] == before)[:, None, None], end.exp(), 0.0)[
+            :, :, 0, :, None, None
+        ]
+        state = add(
+            keep * state + torch.einsum("kbjhn,kbjhp->kbhpn", op(out[..., None] * B_c), x_c)
+        )
         before = s[:, -1]
     y = skip_and_gate(torch.cat(ys, 2), x, D, z, noise)
     return (y, state) if return_final_states else y
@@ -796,7 +951,8 @@ def skip_and_gate(y, x, D, z, noise):
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """`call(kernel, t, kw, q)` gives named outputs; `lift(scan, noise)(t, kw, q)` gives the same out of a scan."""
+    """`call(kernel, t, kw, q)` gives named outputs; `lift(scan, noise)(t, kw, q)` gives the same
+    out of a scan."""
     name: str
     kinds: dict                  # kind -> feature -> case
     build: callable
@@ -828,13 +984,13 @@ def lift_varlen(scan, noise=Exact):
         cu = kw.pop("cu_seqlens").tolist()
         kw["return_final_states"] = True
         ys, finals = [], []
-        for i, (start, end) in enumerate(zip(cu, cu[1:])):
+        for i, (start, end) in enumerate(zip(cu, cu[1:], strict=False)):
             part = {k: v[..., start:end, :, :] for k, v in t.items() if k in ("x", "B", "C", "z")}
             part["dt"] = t["dt"][..., start:end, :]
             part |= {k: t[k] for k in ("A", "D", "dt_bias") if k in t}
             if "initial_states" in t:
                 part["initial_states"] = t["initial_states"][..., i : i + 1, :, :, :]
-            if start == end:                                            # an empty sequence keeps its state
+            if start == end:  # an empty sequence keeps its state
                 state = part.get("initial_states")
                 finals.append(torch.zeros_like(finals[-1]) if state is None else state)
                 continue
@@ -855,7 +1011,11 @@ def call_step(kernel, t, kw, q):
     if state is None:
         state = torch.zeros(b, h, p, n, dtype=t["A"].dtype, device=t["x"].device)
     A = t["A"][:, None, None].expand(h, p, n)
-    more = {k: v for k, v in kw.items() if k == "dt_softplus" and k not in getattr(kernel, "implied", ())}
+    more = {
+        k: v
+        for k, v in kw.items()
+        if k == "dt_softplus" and k not in getattr(kernel, "implied", ())
+    }
     for name in ("D", "dt_bias"):
         if name in t:
             more[name] = t[name][:, None].expand(h, p)
@@ -867,7 +1027,9 @@ def call_step(kernel, t, kw, q):
         before = state.clone() if i == 0 else None
         y = kernel(state, t["x"][:, i], dt, A, t["B"][:, i], t["C"][:, i], **more)
         if not torch.is_tensor(y):
-            raise Wrong(f"returned {type(y).__name__}, not one tensor; the state is updated in place")
+            raise Wrong(
+                f"returned {type(y).__name__}, not one tensor; the state is updated in place"
+            )
         if i == 0 and torch.equal(before, state) and bool((t["dt"][:, 0] > 0).any()):
             raise Wrong("the state is not updated in place")
         ys.append(y)
@@ -886,7 +1048,9 @@ def lift_bidirectional(scan, noise=Exact):
     """The scan plus the scan of the flipped sequence; D and the gate once, on the sum."""
     def both(t, kw, q):
         inner = {k: v for k, v in t.items() if k not in ("D", "z")}
-        flipped = inner | {k: inner[k].flip(-3) for k in ("x", "B", "C")} | {"dt": inner["dt"].flip(-2)}
+        flipped = (
+            inner | {k: inner[k].flip(-3) for k in ("x", "B", "C")} | {"dt": inner["dt"].flip(-2)}
+        )
         forward, backward = outputs(scan, inner, kw, q)["y"], outputs(scan, flipped, kw, q)["y"]
         y = forward + backward.flip(-3)
         return {"y": skip_and_gate(y, t["x"], t.get("D"), t.get("z"), noise)}
@@ -894,7 +1058,8 @@ def lift_bidirectional(scan, noise=Exact):
 
 
 def sizes_of_layer(t):
-    """d_model, inner width, heads and width of the convolution of a Mamba2 layer, from its parameters."""
+    """d_model, inner width, heads and width of the convolution of a Mamba2 layer, from its
+    parameters."""
     d_model, inner = t["out_proj__weight"].shape[-2:]
     return d_model, inner, t["dt_bias"].shape[-1], t["conv1d__weight"].shape[-1]
 
@@ -906,12 +1071,21 @@ def call_layer(kernel, t, kw, q):
     module = kernel
     if not isinstance(getattr(kernel, "judged", kernel), torch.nn.Module):
         n = kw.get("d_state")
-        module = kernel(d_model=d_model, d_state=n, d_conv=w, expand=inner / d_model, headdim=inner // h,
-                        ngroups=(convolved - inner) // (2 * n), chunk_size=q)
+        module = kernel(
+            d_model=d_model,
+            d_state=n,
+            d_conv=w,
+            expand=inner / d_model,
+            headdim=inner // h,
+            ngroups=(convolved - inner) // (2 * n),
+            chunk_size=q,
+        )
     module = module.to(device=t["u"].device, dtype=t["u"].dtype)
     named = {k.replace("__", "."): v for k, v in t.items() if k != "u"}
     known = dict(module.named_parameters())
-    if {k: tuple(v.shape) for k, v in known.items()} != {k: tuple(v.shape) for k, v in named.items()}:
+    if {k: tuple(v.shape) for k, v in known.items()} != {
+        k: tuple(v.shape) for k, v in named.items()
+    }:
         wrong = sorted({k for k in known.keys() ^ named.keys()}
                        or {k for k in known if known[k].shape != named[k].shape})
         raise Wrong(f"parameters differ from Mamba2's in name or shape: {', '.join(wrong)}")
@@ -983,17 +1157,23 @@ class Settings:
 
 
 def truth_and_limits(spec, dtype, precision, settings, seed):
-    """The truth for a case whose inputs have `dtype`, and the tolerances for a kernel of `precision`.
+    """The truth for a case whose inputs have `dtype`, and the tolerances for a kernel of
+    `precision`.
 
-    A tolerance is two numbers per head (or group): one for the root mean square error, one for the largest.
+    A tolerance is two numbers per head (or group): one for the root mean square error, one for the
+    largest.
     """
     signature = settings.signature
     feature, case = parse(spec, signature)
     inputs = signature.build(feature, case, dtype, seed=seed).double()
     want = run(signature.lift(recurrent), inputs, signature.grads)
-    want = {k: torch.zeros_like(inputs.t[k[1:]]) if v is None else v.detach() for k, v in want.items()}
+    want = {
+        k: torch.zeros_like(inputs.t[k[1:]]) if v is None else v.detach() for k, v in want.items()
+    }
 
-    numbers = case["b"] * case["l"] * case["h"] * (case["p"] + case["n"] + min(case["q"], case["l"]))
+    numbers = (
+        case["b"] * case["l"] * case["h"] * (case["p"] + case["n"] + min(case["q"], case["l"]))
+    )
     draws = max(1, min(DRAWS, 1_500_000 // numbers))
     noise = Noise(precision, max(case["b"] * case["l"], case["n"], case["p"]), settings.tf32)
     many = lambda tensors: {k: v.expand(draws, *v.shape) for k, v in tensors.items()}
@@ -1032,7 +1212,8 @@ def rows(value, name, skip=0):
 
 
 def sealed_cache(size=400):
-    """Truths, kept as bytes inside a closure: whoever looks through memory for tensors finds none."""
+    """Truths, kept as bytes inside a closure: whoever looks through memory for tensors finds
+    none."""
     kept = OrderedDict()
 
     def truth(spec, dtype, precision, settings, seed=0):
@@ -1067,7 +1248,8 @@ def excess(got, want, limits, name):
 
 
 class Poison(TorchDispatchMode):
-    """Memory that nobody has written yet holds NaN, so that a kernel that reads or returns it is found out."""
+    """Memory that nobody has written yet holds NaN, so that a kernel that reads or returns it is
+    found out."""
     NAMES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -1078,10 +1260,12 @@ class Poison(TorchDispatchMode):
 
 
 class Watch:
-    """Calls the kernel, and sees whether it hands the call on to a reference or reaches into the judge.
+    """Calls the kernel, and sees whether it hands the call on to a reference or reaches into the
+    judge.
 
-    While the kernel runs, the interpreter reports each Python function that is entered, by the file that its code
-    came from: an alias, a wrapper or a second import does not hide it. A copy in another file is no reference.
+    While the kernel runs, the interpreter reports each Python function that is entered, by the file
+    that its code came from: an alias, a wrapper or a second import does not hide it. A copy in
+    another file is no reference.
     """
 
     def __init__(self, kernel, settings):
@@ -1129,7 +1313,11 @@ class Watch:
                 self.handed_on = f"{owner}: {code.co_name}"
             elif code in LOOKING and is_kernels_own(frame.f_back, self.kernel):
                 self.reached = self.reached or f"inspect.{code.co_name}"
-        elif event == "c_call" and id(argument) in LOOKING_IN_C and is_kernels_own(frame, self.kernel):
+        elif (
+            event == "c_call"
+            and id(argument) in LOOKING_IN_C
+            and is_kernels_own(frame, self.kernel)
+        ):
             self.reached = self.reached or f"{argument.__module__}.{argument.__name__}"
 
 
@@ -1162,11 +1350,16 @@ def package_of(filename):
     before, installed, after = path.rpartition(os.sep + "site-packages" + os.sep)
     if installed:
         return before + installed + after.partition(os.sep)[0]
-    return "python" if path.startswith(os.path.realpath(sysconfig.get_path("stdlib"))) or "<" in filename else ""
+    return (
+        "python"
+        if path.startswith(os.path.realpath(sysconfig.get_path("stdlib"))) or "<" in filename
+        else ""
+    )
 
 
 def is_kernels_own(frame, kernel):
-    """Is it a line of the kernel, or of its surroundings? Many packages look at frames when they are imported."""
+    """Is it a line of the kernel, or of its surroundings? Many packages look at frames when they
+    are imported."""
     if frame is None:
         return False
     code = getattr(inspect.unwrap(kernel), "__code__", None)
@@ -1175,7 +1368,8 @@ def is_kernels_own(frame, kernel):
 
 
 def fingerprint():
-    """What a kernel may not change: the judge, the oracle, and the parts of torch and Python that both use."""
+    """What a kernel may not change: the judge, the oracle, and the parts of torch and Python that
+    both use."""
     seen = {}
     for module in (sys.modules[__name__], mamba2_ref):
         for name, value in vars(module).items():
@@ -1186,15 +1380,22 @@ def fingerprint():
                 for inner, part in vars(value).items():
                     if not inner.startswith("__") or inner == "__call__":
                         seen[f"{module.__name__}.{name}.{inner}"] = value_of(part)
-    for owner, label in ((torch.Tensor, "torch.Tensor"), (torch, "torch"), (F, "torch.nn.functional"),
-                         (torch.autograd, "torch.autograd"), (builtins, "builtins"), (math, "math")):
+    for owner, label in (
+        (torch.Tensor, "torch.Tensor"),
+        (torch, "torch"),
+        (F, "torch.nn.functional"),
+        (torch.autograd, "torch.autograd"),
+        (builtins, "builtins"),
+        (math, "math"),
+    ):
         for name, value in vars(owner).items():
             if isinstance(value, BUILT_IN) and not name.startswith("__"):
                 seen[f"{label}.{name}"] = id(value)
     return seen
 
 
-# Functions of C: torch replaces some of its own that are written in Python when parts of it are first used.
+# Functions of C: torch replaces some of its own that are written in Python when parts of it are
+# first used.
 BUILT_IN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType,
             types.GetSetDescriptorType)
 
@@ -1210,12 +1411,15 @@ def value_of(value):
 
 
 def settings_of_torch():
-    return {"the default dtype": torch.get_default_dtype(),
-            "whether gradients are recorded": torch.is_grad_enabled(),
-            "the precision of float32 products": torch.get_float32_matmul_precision(),
-            "whether tf32 is allowed": torch.backends.cuda.matmul.allow_tf32,
-            "whether autocast is on": torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"),
-            "the deterministic mode": torch.are_deterministic_algorithms_enabled()}
+    return {
+        "the default dtype": torch.get_default_dtype(),
+        "whether gradients are recorded": torch.is_grad_enabled(),
+        "the precision of float32 products": torch.get_float32_matmul_precision(),
+        "whether tf32 is allowed": torch.backends.cuda.matmul.allow_tf32,
+        "whether autocast is on": torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda"),
+        "the deterministic mode": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def changed(before, after):
@@ -1261,19 +1465,26 @@ def forward(function, inputs, grads=True):
 
 
 def gradients(leaves, outs, inputs, used=None, retain=False, watched=call):
-    """autograd.grad of the outputs named in `used`, through `watched`, for each input that needs a gradient."""
+    """autograd.grad of the outputs named in `used`, through `watched`, for each input that needs a
+    gradient."""
     needs = {k: v for k, v in leaves.items() if v.requires_grad}
     for name in outs:
         reaches = name == "y" or set(needs) - {"C", "D", "z"}
         if reaches and not outs[name].requires_grad:
             raise Wrong(f"{name} does not require grad: the path back to the inputs is cut")
     used = [k for k in (used or outs) if outs[k].requires_grad]
-    grads = watched(torch.autograd.grad, [outs[k] for k in used], list(needs.values()),
-                    [matched(inputs.d[k], outs[k]) for k in used], allow_unused=True, retain_graph=retain)
+    grads = watched(
+        torch.autograd.grad,
+        [outs[k] for k in used],
+        list(needs.values()),
+        [matched(inputs.d[k], outs[k]) for k in used],
+        allow_unused=True,
+        retain_graph=retain,
+    )
     written = [k for k, v in leaves.items() if v.grad is not None]
     if written:
         raise Wrong(f"writes into .grad of its inputs: {', '.join(written)}")
-    return dict(outs) | {"d" + k: g for k, g in zip(needs, grads)}
+    return dict(outs) | {"d" + k: g for k, g in zip(needs, grads, strict=False)}
 
 
 def matched(d, out):
@@ -1290,24 +1501,29 @@ def detached(got, inputs):
 
 
 class Calls:
-    """The ways of calling. Each takes the case and returns Results; `make(seed, **changes)` gives inputs."""
+    """The ways of calling. Each takes the case and returns Results; `make(seed, **changes)` gives
+    inputs."""
 
     def __init__(self, function, feature, case, dtype, settings, watched):
         self.function, self.feature, self.case, self.dtype = function, feature, case, dtype
         self.settings, self.seed, self.watched = settings, settings.seed, watched
         self.grads = settings.signature.grads and not settings.forward_only
-        self.made = []                                  # (inputs, the case and seed to make them again)
+        self.made = []  # (inputs, the case and seed to make them again)
 
     def make(self, seed=None, **changes):
         seed = self.seed if seed is None else seed
         case = self.case | changes
-        inputs = self.settings.signature.build(self.feature, case, self.dtype, self.settings.device, seed)
+        inputs = self.settings.signature.build(
+            self.feature, case, self.dtype, self.settings.device, seed
+        )
         self.made.append((inputs, case, seed))
         return inputs
 
     def result(self, inputs, got, label=""):
         case, seed = next((case, seed) for made, case, seed in self.made if made is inputs)
-        return Result(label, spell(self.feature, case, self.settings.signature), seed, detached(got, inputs))
+        return Result(
+            label, spell(self.feature, case, self.settings.signature), seed, detached(got, inputs)
+        )
 
     def plain(self, label="", grads=None, **changes):
         inputs = self.make(**changes)
@@ -1354,11 +1570,16 @@ class Calls:
 
         def inner(leaves, kw, q):
             names = list(leaves)
-            parts = checkpoint(lambda *values: self.function(dict(zip(names, values)), kw, q),
-                               *leaves.values(), use_reentrant=False)
+            parts = checkpoint(
+                lambda *values: self.function(dict(zip(names, values, strict=False)), kw, q),
+                *leaves.values(),
+                use_reentrant=False,
+            )
             return dict(parts)
         leaves, outs = forward(inner, inputs)
-        return [self.result(inputs, gradients(leaves, outs, inputs), "inside torch.utils.checkpoint")]
+        return [
+            self.result(inputs, gradients(leaves, outs, inputs), "inside torch.utils.checkpoint")
+        ]
 
     def autocast(self):
         inputs = self.make()
@@ -1390,32 +1611,43 @@ class Calls:
                 room = inputs
             else:
                 with torch.no_grad():
-                    for old, new in zip(room.tensors(), inputs.tensors()):
+                    for old, new in zip(room.tensors(), inputs.tensors(), strict=False):
                         old.copy_(new)
             inputs.t, inputs.kw, inputs.d = room.t, room.kw, room.d
             got = run(self.function, inputs, self.grads, self.watched)
             got = {k: v if v is None else v.clone() for k, v in got.items()}
-            results.append(self.result(inputs, got, f"in the {label} call, new values in the same memory"))
-        for made, case, seed in self.made[:-1]:         # overwritten, on purpose
+            results.append(
+                self.result(inputs, got, f"in the {label} call, new values in the same memory")
+            )
+        for made, _case, _seed in self.made[:-1]:         # overwritten, on purpose
             made.t, made.kw, made.d = {}, {}, {}
         return results
 
     def interleaved(self):
         first, second = self.make(), self.make(self.seed + 1)
         results = []
-        one, two = forward(self.function, first, self.grads), forward(self.function, second, self.grads)
+        one, two = (
+            forward(self.function, first, self.grads),
+            forward(self.function, second, self.grads),
+        )
         for inputs, (leaves, outs), label in ((first, one, "first"), (second, two, "second")):
             got = gradients(leaves, outs, inputs, watched=self.watched) if self.grads else outs
-            results.append(self.result(inputs, got, f"in the {label} of two calls, both forward first"))
+            results.append(
+                self.result(inputs, got, f"in the {label} of two calls, both forward first")
+            )
         return results
 
     def resized(self):
         """Longer, shorter, more rows, and the first again."""
         results, b, l = [], self.case["b"], self.case["l"]
-        for i, changes in enumerate((dict(), dict(l=max(1, l // 2)), dict(l=l + 9), dict(b=b + 1), dict())):
+        for i, changes in enumerate(
+            (dict(), dict(l=max(1, l // 2)), dict(l=l + 9), dict(b=b + 1), dict())
+        ):
             if "cu" in self.case["opts"]:
                 changes.pop("b", None)
-            results += self.plain(f"in call {i + 1}, after calls of other sizes", seed=self.seed + i, **changes)
+            results += self.plain(
+                f"in call {i + 1}, after calls of other sizes", seed=self.seed + i, **changes
+            )
         return results
 
     def accumulate(self):
@@ -1431,13 +1663,22 @@ class Calls:
                 total = None if leaf.grad is None else leaf.grad.detach().double().clone()
                 got["d" + k] = total if before[k] is None or total is None else total - before[k]
                 before[k] = total
-            results.append(self.result(inputs, got, f"in what the {label} .backward() adds to .grad"))
+            results.append(
+                self.result(inputs, got, f"in what the {label} .backward() adds to .grad")
+            )
         return results
 
 
 STATEFUL = {"fresh-values", "resized", "second-call", "interleaved", "accumulate", "repeats"}
-NEEDS_GRADIENT = {"one-gradient", "final-unused", "final-alone", "backward-twice", "checkpoint", "autocast",
-                  "accumulate"}
+NEEDS_GRADIENT = {
+    "one-gradient",
+    "final-unused",
+    "final-alone",
+    "backward-twice",
+    "checkpoint",
+    "autocast",
+    "accumulate",
+}
 
 
 # --- One case -------------------------------------------------------------------------------------
@@ -1445,7 +1686,8 @@ NEEDS_GRADIENT = {"one-gradient", "final-unused", "final-alone", "backward-twice
 
 @dataclasses.dataclass
 class Outcome:
-    """What came out for one case: "right", "wrong" or "not supported"; why; the worst error over its tolerance."""
+    """What came out for one case: "right", "wrong" or "not supported"; why; the worst error over
+    its tolerance."""
     status: str
     why: str = ""
     worst: float = 0.0
@@ -1458,12 +1700,15 @@ class Outcome:
     dtype: torch.dtype = None
     refused: bool = False        # raised, by its own will or not
     deterministic: bool = True
-    trail: tuple = ()            # of each result: where it came, and its worst error over its tolerance
+    trail: tuple = ()  # of each result: where it came, and its worst error over its tolerance
 
 
 SAYS_SO = re.compile(r"support|implement|divisible|multiple of|power of|out of resource", re.I)
-SAYS_SO_IF_RAISED = re.compile(r"must|expect|requir|should|at most|at least|limit|cannot|can't|\bonly\b|\bno\b"
-                               r"|too (large|small|long|short|many)", re.I)
+SAYS_SO_IF_RAISED = re.compile(
+    r"must|expect|requir|should|at most|at least|limit|cannot|can't|\bonly\b|\bno\b"
+    r"|too (large|small|long|short|many)",
+    re.I,
+)
 NOT_SO = re.compile(r"unsupported operation: |unsupported operand", re.I)
 
 
@@ -1476,14 +1721,18 @@ def lacking(error, watch):
     if isinstance(error, TypeError):
         if not watch.forward:
             return None
-        if os.path.realpath(frames[-1].filename) == os.path.realpath(__file__):   # it came to no line of the kernel's
+        if os.path.realpath(frames[-1].filename) == os.path.realpath(
+            __file__
+        ):  # it came to no line of the kernel's
             return text
         unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         return text if unexpected and not names_argument(watch.kernel, unexpected[1]) else None
     triton = type(error).__module__.startswith("triton")
     if not isinstance(error, (ValueError, AssertionError, RuntimeError)) and not triton:
         return None
-    own_will = (frames[-1].line or "").startswith(("raise", "assert")) and "/torch/" not in frames[-1].filename
+    own_will = (frames[-1].line or "").startswith(("raise", "assert")) and "/torch/" not in frames[
+        -1
+    ].filename
     says = SAYS_SO.search(str(error)) or (own_will and SAYS_SO_IF_RAISED.search(str(error)))
     return text if says and not NOT_SO.search(str(error)) else None
 
@@ -1514,7 +1763,9 @@ def judge_case(kernel, spec, dtype, settings=Settings(), precision=None, again=T
 
     calls = Calls(function, feature, case, dtype, settings, watch.run)
     torch_state = settings_of_torch()
-    state = fingerprint() | {k: v for k, v in ORIGINAL.items() if k.startswith((__name__, "mamba2_ref"))}
+    state = fingerprint() | {
+        k: v for k, v in ORIGINAL.items() if k.startswith((__name__, "mamba2_ref"))
+    }
     results, trouble = [], None
     with contextlib.ExitStack() as stack:
         if settings.poison and way != "compile":
@@ -1534,15 +1785,24 @@ def judge_case(kernel, spec, dtype, settings=Settings(), precision=None, again=T
     if outcome.status == "wrong" and again:
         second_look(kernel, outcome, settings, precision)
     if outcome.status == "not supported" and outcome.why.startswith("no backward") and again:
-        alone = judge_case(kernel, spec, dtype, settings.but(forward_only=True), precision, again=False)
+        alone = judge_case(
+            kernel, spec, dtype, settings.but(forward_only=True), precision, again=False
+        )
         if alone.status == "wrong":
-            outcome = dataclasses.replace(alone, why=alone.why or "in the forward pass", spec=spec, dtype=dtype)
+            outcome = dataclasses.replace(
+                alone, why=alone.why or "in the forward pass", spec=spec, dtype=dtype
+            )
     if outcome.status == "wrong" and dtype == torch.float64 and precision is None:
         less = judge_case(kernel, spec, dtype, settings, torch.float32, again=False)
         if less.status == "right":
-            outcome = Outcome("not supported", "takes float64 but computes in float32", spec=spec, dtype=dtype)
+            outcome = Outcome(
+                "not supported", "takes float64 but computes in float32", spec=spec, dtype=dtype
+            )
     if feature in OPTIONAL and outcome.status == "wrong":
-        outcome.status, outcome.why = "not supported", f"optional, and not as official kernels do it: {amiss(outcome)}"
+        outcome.status, outcome.why = (
+            "not supported",
+            f"optional, and not as official kernels do it: {amiss(outcome)}",
+        )
     return outcome
 
 
@@ -1552,31 +1812,50 @@ def after_error(error, watch, calls):
     at = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}, {frames[-1].line}"
     first_line = str(error).strip().split("\n")[0]
     if lacks and not watch.forward and calls.grads:
-        return Outcome("not supported", f"no backward pass ({lacks}); --forward-only judges the forward pass")
+        return Outcome(
+            "not supported", f"no backward pass ({lacks}); --forward-only judges the forward pass"
+        )
     if lacks:
         return Outcome("not supported", lacks)
-    return Outcome("wrong", f"raised {type(error).__name__}: {first_line} ({at})", INF, "call", refused=True)
+    return Outcome(
+        "wrong", f"raised {type(error).__name__}: {first_line} ({at})", INF, "call", refused=True
+    )
 
 
 def misconduct(watch, calls, state, torch_state):
     """What a kernel must not do whatever its results are: an Outcome, or None."""
     differing = changed(state, fingerprint())
     if differing:
-        return Outcome("wrong", f"reaches into the judge or its tools: changed {', '.join(differing[:4])}", INF, "call")
+        return Outcome(
+            "wrong",
+            f"reaches into the judge or its tools: changed {', '.join(differing[:4])}",
+            INF,
+            "call",
+        )
     if watch.reached:
         return Outcome("wrong", f"reaches into the judge: calls {watch.reached}", INF, "call")
     if watch.handed_on:
-        return Outcome("wrong", f"hands the call on to a reference, {watch.handed_on}; --allow-delegation admits it",
-                       INF, "call")
+        return Outcome(
+            "wrong",
+            f"hands the call on to a reference, {watch.handed_on}; --allow-delegation admits it",
+            INF,
+            "call",
+        )
     differing = changed(torch_state, settings_of_torch())
     if differing:
-        return Outcome("wrong", f"leaves a setting of torch changed: {', '.join(differing)}", INF, "call")
+        return Outcome(
+            "wrong", f"leaves a setting of torch changed: {', '.join(differing)}", INF, "call"
+        )
     for inputs, case, seed in calls.made:
-        fresh = calls.settings.signature.build(calls.feature, case, calls.dtype, calls.settings.device, seed)
+        fresh = calls.settings.signature.build(
+            calls.feature, case, calls.dtype, calls.settings.device, seed
+        )
         for given, same in ((inputs.t, fresh.t), (inputs.kw, fresh.kw), (inputs.d, fresh.d)):
             for name, value in given.items():
                 if torch.is_tensor(value) and not torch.equal(value, same[name]):
-                    return Outcome("wrong", f"the kernel writes into its inputs: {name}", INF, "inputs")
+                    return Outcome(
+                        "wrong", f"the kernel writes into its inputs: {name}", INF, "inputs"
+                    )
     return None
 
 
@@ -1602,8 +1881,12 @@ def compared(results, dtype, precision, way, settings):
             expected = {"y": dtype, "final_states": single}.get(name)
             if expected and value.dtype != expected and precision is None and way != "autocast":
                 if dtype == torch.float64:
-                    return Outcome("not supported", f"returns {name} in {value.dtype} for float64 inputs")
-                return Outcome("wrong", f"{name} is {value.dtype}, not {expected}{label}", INF, name)
+                    return Outcome(
+                        "not supported", f"returns {name} in {value.dtype} for float64 inputs"
+                    )
+                return Outcome(
+                    "wrong", f"{name} is {value.dtype}, not {expected}{label}", INF, name
+                )
             got[name] = value.cpu()
             if name in inputs.free:
                 free = inputs.free[name]
@@ -1615,15 +1898,23 @@ def compared(results, dtype, precision, way, settings):
         trail.append((result.label, over[where], result.seed))
         if over[where] > worst.worst or worst.got is None:
             why = result.label if over[where] > 1 else ""
-            worst = Outcome("right" if over[where] <= 1 else "wrong", why, over[where], where, got, over, result)
+            worst = Outcome(
+                "right" if over[where] <= 1 else "wrong", why, over[where], where, got, over, result
+            )
         if way == "repeats":
             base = base or got
             for k in over:
-                drift = max([drift] + [float(e.max()) for e in excess(got[k], base[k].double(), limits[k], k)])
+                drift = max(
+                    [drift]
+                    + [float(e.max()) for e in excess(got[k], base[k].double(), limits[k], k)]
+                )
     worst.trail = tuple(trail)
     if drift > 0.5:
         worst.status, worst.deterministic = "wrong", False
-        worst.why, worst.worst = f"repeats differ, by {drift:.2g} of the tolerance", max(worst.worst, drift)
+        worst.why, worst.worst = (
+            f"repeats differ, by {drift:.2g} of the tolerance",
+            max(worst.worst, drift),
+        )
     elif drift > 0:
         worst.note = "repeats differ by rounding, as with atomics"
     return worst
@@ -1637,11 +1928,15 @@ def second_look(kernel, outcome, settings, precision):
     if other.status == "wrong" and other.where in ("call", "inputs") and outcome.refused:
         return
     if other.status != "wrong" or other.got is None or outcome.got is None:
-        outcome.deterministic = other.status == "wrong" and (other.got is None) == (outcome.got is None)
+        outcome.deterministic = other.status == "wrong" and (other.got is None) == (
+            outcome.got is None
+        )
     elif other.result.label == outcome.result.label:
         _, limits = truth_of(outcome, settings)
         for name in outcome.got:
-            if name in other.got and not same(outcome.got[name], other.got[name], limits[name], name):
+            if name in other.got and not same(
+                outcome.got[name], other.got[name], limits[name], name
+            ):
                 outcome.deterministic = False
     if not outcome.deterministic:
         then = "" if other.status == "wrong" else f", {other.status} the second time"
@@ -1676,7 +1971,8 @@ def amiss(outcome):
 
 
 def shrink(kernel, spec, dtype, seconds, settings=Settings()):
-    """The smallest case that is still wrong: drop options and halve sizes for as long as it is, and time allows."""
+    """The smallest case that is still wrong: drop options and halve sizes for as long as it is, and
+    time allows."""
     feature, case = parse(spec, settings.signature)
     end, progress = time.monotonic() + seconds, True
     while progress:
@@ -1708,16 +2004,27 @@ def size(case):
     return len(case["opts"].split()), math.prod(case[k] for k in "blhpng"), case["q"]
 
 
-AXES = {"y": "batch position head headdim", "final_states": "batch head headdim state", "dA": "head",
-        "ddt_bias": "head", "ddt": "batch position head", "dB": "batch position group state",
-        "dC": "batch position group state", "dx": "batch position head headdim",
-        "dz": "batch position head headdim", "dD": "head headdim",
-        "dinitial_states": "batch head headdim state", "du": "batch position channel"}
+AXES = {
+    "y": "batch position head headdim",
+    "final_states": "batch head headdim state",
+    "dA": "head",
+    "ddt_bias": "head",
+    "ddt": "batch position head",
+    "dB": "batch position group state",
+    "dC": "batch position group state",
+    "dx": "batch position head headdim",
+    "dz": "batch position head headdim",
+    "dD": "head headdim",
+    "dinitial_states": "batch head headdim state",
+    "du": "batch position channel",
+}
 
 
 def axes_of(name, settings):
     if settings.signature.name == "layer":
-        return {"y": "batch position channel", "du": "batch position channel"}.get(name, "row column").split()
+        return {"y": "batch position channel", "du": "batch position channel"}.get(
+            name, "row column"
+        ).split()
     return AXES[name].split()
 
 
@@ -1726,14 +2033,18 @@ def locate(name, outcome, settings):
     want, limits = truth_of(outcome, settings)
     q = parse(outcome.result.spec, settings.signature)[1]["q"]
     _, ratio = excess(outcome.got[name], want[name], limits[name], name)
-    bad = ratio > 1 if bool((ratio > 1).any()) else ratio == ratio.max()    # else the mean square is too large
+    bad = (
+        ratio > 1 if bool((ratio > 1).any()) else ratio == ratio.max()
+    )  # else the mean square is too large
     axes = axes_of(name, settings)
     spots = bad.nonzero().tolist()
     at = axes.index("position") if "position" in axes else 0
     spot = min(spots, key=lambda s: (s[at], *s))
     words = []
-    for axis, i in zip(axes, spot):
-        words.append(f"{axis} {i}" + (f" (chunk {i // q}, place {i % q})" if axis == "position" else ""))
+    for axis, i in zip(axes, spot, strict=False):
+        words.append(
+            f"{axis} {i}" + (f" (chunk {i // q}, place {i % q})" if axis == "position" else "")
+        )
     return (f"{name}: {int(bad.sum())} of {bad.numel()} wrong, first at {', '.join(words)}: "
             f"got {outcome.got[name][tuple(spot)]:.6g}, truth {want[name][tuple(spot)]:.6g}")
 
@@ -1753,7 +2064,8 @@ def gate(function):
 
 
 def step(function):
-    """The oracle with another formula for the step: function(dt, dt_bias, dt_softplus, (low, high))."""
+    """The oracle with another formula for the step: function(dt, dt_bias, dt_softplus, (low,
+    high))."""
     def variant(x, dt, A, B, C, q, dt_bias=None, dt_softplus=False, dt_limit=(0.0, INF), **kw):
         bias = torch.zeros_like(A) if dt_bias is None else dt_bias
         soft = F.softplus if dt_softplus else lambda t: t
@@ -1763,7 +2075,8 @@ def step(function):
 
 
 def decay(function):
-    """The oracle with other decays: function(x, dt, a) -> (v, a), where the scan takes v = dt x and a = dt A."""
+    """The oracle with other decays: function(x, dt, a) -> (v, a), where the scan takes v = dt x and
+    a = dt A."""
     def variant(x, dt, A, B, C, q, dt_bias=None, dt_softplus=False, dt_limit=(0.0, INF), **kw):
         dt = dt if dt_bias is None else dt + dt_bias
         dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
@@ -1772,8 +2085,22 @@ def decay(function):
     return variant
 
 
-def bare(x, dt, a, B, C, *, v=None, D=None, z=None, initial_states=None, seq_idx=None, return_final_states=False):
-    """The recurrence on v = dt x and a = dt A, whatever their signs: the oracle refuses negative steps."""
+def bare(
+    x,
+    dt,
+    a,
+    B,
+    C,
+    *,
+    v=None,
+    D=None,
+    z=None,
+    initial_states=None,
+    seq_idx=None,
+    return_final_states=False,
+):
+    """The recurrence on v = dt x and a = dt A, whatever their signs: the oracle refuses negative
+    steps."""
     r = x.shape[2] // B.shape[2]
     v = dt[..., None] * x if v is None else v
     B, C = B.repeat_interleave(r, 2), C.repeat_interleave(r, 2)
@@ -1783,7 +2110,9 @@ def bare(x, dt, a, B, C, *, v=None, D=None, z=None, initial_states=None, seq_idx
     ys = []
     for i in range(x.shape[1]):
         if seq_idx is not None and i:
-            state = torch.where((seq_idx[:, i] == seq_idx[:, i - 1])[:, None, None, None], state, 0.0)
+            state = torch.where(
+                (seq_idx[:, i] == seq_idx[:, i - 1])[:, None, None, None], state, 0.0
+            )
         state = a[:, i, :, None, None].exp() * state + v[:, i, :, :, None] * B[:, i, :, None]
         ys.append((state * C[:, i, :, None]).sum(-1))
     y = skip_and_gate(torch.stack(ys, 1), x, D, z, Exact)
@@ -1796,7 +2125,8 @@ def straight(soft, dt):
 
 
 def borders(function):
-    """The oracle with other borders between packed sequences: function(seq_idx, chunk) -> seq_idx."""
+    """The oracle with other borders between packed sequences: function(seq_idx, chunk) ->
+    seq_idx."""
     def variant(x, dt, A, B, C, q, seq_idx=None, **kw):
         seq_idx = torch.zeros(x.shape[:2], dtype=torch.int64) if seq_idx is None else seq_idx.long()
         return mamba2_ref.ssd_recurrent(x, dt, A, B, C, seq_idx=function(seq_idx, q), **kw)
@@ -1825,9 +2155,12 @@ def late_reading(x, dt, A, B, C, q, D=None, z=None, return_final_states=False, *
     y0 = x[:, :1] * 0
     if kw.get("initial_states") is not None:
         state = kw["initial_states"]
-        y0 = (state * C[:, 0].repeat_interleave(x.shape[2] // C.shape[2], 1)[:, :, None]).sum(-1)[:, None]
-    y, final = mamba2_ref.ssd_recurrent(x[:, :-1], dt[:, :-1], A, B[:, :-1], C[:, 1:], return_final_states=True,
-                                        **kw)
+        y0 = (state * C[:, 0].repeat_interleave(x.shape[2] // C.shape[2], 1)[:, :, None]).sum(-1)[
+            :, None
+        ]
+    y, final = mamba2_ref.ssd_recurrent(
+        x[:, :-1], dt[:, :-1], A, B[:, :-1], C[:, 1:], return_final_states=True, **kw
+    )
     final = mamba2_ref.ssd_recurrent(x, dt, A, B, C, return_final_states=True, **kw)[1]
     y = skip_and_gate(torch.cat([y0, y], 1), x, D, z, Exact)
     return (y, final) if return_final_states else y
@@ -1860,57 +2193,92 @@ def shifted(a, by):
     return F.pad(a[:, :-1], (0, 0, 1, 0)) if by == 1 else F.pad(a[:, 1:], (0, 0, 0, 1))
 
 
-# Known mistakes as mistaken oracles. A kernel whose outputs, or else whose gradients, are those of one has made it.
+# Known mistakes as mistaken oracles. A kernel whose outputs, or else whose gradients, are those of
+# one has made it.
 MISTAKES = {
     "D x is left out": lambda *a, **kw: oracle(*a, **without(kw, "D")),
-    "only D[:, 0] is used, as if D had no headdim": lambda *a, **kw: oracle(*a, **kw | {"D": kw["D"][:, 0]}),
+    "only D[:, 0] is used, as if D had no headdim": lambda *a, **kw: oracle(
+        *a, **kw | {"D": kw["D"][:, 0]}
+    ),
     "the gate z is left out": lambda *a, **kw: oracle(*a, **without(kw, "z")),
     "the gate is applied before D x is added": gate(lambda y, skip, z: y * F.silu(z) + skip),
     "the gate is sigmoid(z), not silu(z)": gate(lambda y, skip, z: (y + skip) * z.sigmoid()),
     "the gate is z, without silu": gate(lambda y, skip, z: (y + skip) * z),
     "dt_bias is left out": lambda *a, **kw: oracle(*a, **without(kw, "dt_bias")),
-    "negative steps are not clamped to 0, as dt_limit=(0, inf) asks":
-        step(lambda dt, bias, soft, limit: soft(dt + bias).clamp(max=limit[1])
-             if limit[0] == 0 and soft is not F.softplus else None),
-    "negative steps are made positive, not clamped to 0":
-        step(lambda dt, bias, soft, limit: soft(dt + bias).abs()),
+    "negative steps are not clamped to 0, as dt_limit=(0, inf) asks": step(
+        lambda dt, bias, soft, limit: (
+            soft(dt + bias).clamp(max=limit[1])
+            if limit[0] == 0 and soft is not F.softplus
+            else None
+        )
+    ),
+    "negative steps are made positive, not clamped to 0": step(
+        lambda dt, bias, soft, limit: soft(dt + bias).abs()
+    ),
     "dt_softplus is ignored": lambda *a, **kw: oracle(*a, **without(kw, "dt_softplus")),
-    "dt_softplus is ignored, and negative steps are not clamped":
-        step(lambda dt, bias, soft, limit: dt + bias if soft is F.softplus else None),
-    "dt_bias is added after softplus": step(lambda dt, bias, soft, limit: clamp(soft(dt) + bias, limit)),
+    "dt_softplus is ignored, and negative steps are not clamped": step(
+        lambda dt, bias, soft, limit: dt + bias if soft is F.softplus else None
+    ),
+    "dt_bias is added after softplus": step(
+        lambda dt, bias, soft, limit: clamp(soft(dt) + bias, limit)
+    ),
     "dt_limit is ignored": lambda *a, **kw: oracle(*a, **without(kw, "dt_limit")),
-    "dt_limit is ignored, and negative steps are not clamped":
-        step(lambda dt, bias, soft, limit: soft(dt + bias)),
-    "dt is clamped before softplus": step(lambda dt, bias, soft, limit: soft(clamp(dt + bias, limit))),
-    "dt is clamped before dt_bias is added": step(lambda dt, bias, soft, limit: soft(clamp(dt, limit) + bias)),
-    "dt is clamped from one side only": step(lambda dt, bias, soft, limit: soft(dt + bias).clamp(max=limit[1])),
-    "dt is clamped from one side only (the lower)":
-        step(lambda dt, bias, soft, limit: soft(dt + bias).clamp(min=limit[0])),
+    "dt_limit is ignored, and negative steps are not clamped": step(
+        lambda dt, bias, soft, limit: soft(dt + bias)
+    ),
+    "dt is clamped before softplus": step(
+        lambda dt, bias, soft, limit: soft(clamp(dt + bias, limit))
+    ),
+    "dt is clamped before dt_bias is added": step(
+        lambda dt, bias, soft, limit: soft(clamp(dt, limit) + bias)
+    ),
+    "dt is clamped from one side only": step(
+        lambda dt, bias, soft, limit: soft(dt + bias).clamp(max=limit[1])
+    ),
+    "dt is clamped from one side only (the lower)": step(
+        lambda dt, bias, soft, limit: soft(dt + bias).clamp(min=limit[0])
+    ),
     "initial_states are ignored": lambda *a, **kw: oracle(*a, **without(kw, "initial_states")),
-    "initial_states are read transposed":
-        lambda *a, **kw: oracle(*a, **kw | {"initial_states": transposed(kw["initial_states"])}),
+    "initial_states are read transposed": lambda *a, **kw: oracle(
+        *a, **kw | {"initial_states": transposed(kw["initial_states"])}
+    ),
     "seq_idx is ignored: the state leaks over the borders": borders(lambda seq, q: seq * 0),
-    "the state leaks over borders inside a chunk": borders(lambda seq, q: seq[:, chunk_of(seq, q) * q]),
+    "the state leaks over borders inside a chunk": borders(
+        lambda seq, q: seq[:, chunk_of(seq, q) * q]
+    ),
     "the state leaks over borders that lie between two chunks": borders(only_inside),
     "the state is emptied one token late": borders(lambda seq, q: F.pad(seq, (1, 0))[:, :-1]),
-    "the state is emptied one token early": borders(lambda seq, q: torch.cat([seq[:, 1:], seq[:, -1:]], 1)),
-    "a sequence number that falls is not taken for a border": borders(lambda seq, q: seq.cummax(1).values),
-    "a sequence number that rises is not taken for a border": borders(lambda seq, q: seq.cummin(1).values),
+    "the state is emptied one token early": borders(
+        lambda seq, q: torch.cat([seq[:, 1:], seq[:, -1:]], 1)
+    ),
+    "a sequence number that falls is not taken for a border": borders(
+        lambda seq, q: seq.cummax(1).values
+    ),
+    "a sequence number that rises is not taken for a border": borders(
+        lambda seq, q: seq.cummin(1).values
+    ),
     "sequence numbers are cut to 8 bits": borders(lambda seq, q: seq % 256),
     "sequence numbers are cut to 16 bits": borders(lambda seq, q: seq % 65536),
     "a token does not see itself: the diagonal of L is left out": blind,
     "no state passes from chunk to chunk": borders(lambda seq, q: seq * 10**6 + chunk_of(seq, q)),
-    "heads take their groups in turn (head % ngroups), not in blocks": per_group(lambda head, r, g: head % g),
+    "heads take their groups in turn (head % ngroups), not in blocks": per_group(
+        lambda head, r, g: head % g
+    ),
     "all heads use group 0": per_group(lambda head, r, g: head * 0),
     "B and C are exchanged": lambda x, dt, A, B, C, q, **kw: oracle(x, dt, A, C, B, q, **kw),
-    "A is taken with the wrong sign": lambda x, dt, A, B, C, q, **kw: oracle(x, dt, -A, B, C, q, **kw),
+    "A is taken with the wrong sign": lambda x, dt, A, B, C, q, **kw: oracle(
+        x, dt, -A, B, C, q, **kw
+    ),
     "x is not multiplied by dt": decay(lambda x, dt, a: (x, a)),
-    "the decay is off by one token: each uses that of the token before":
-        decay(lambda x, dt, a: (dt[..., None] * x, shifted(a, 1))),
-    "the decay is off by one token: each uses that of the token after":
-        decay(lambda x, dt, a: (dt[..., None] * x, shifted(a, -1))),
-    "the decay is off by one token: a token's own part is decayed by its own step":
-        decay(lambda x, dt, a: (dt[..., None] * x * a.exp()[..., None], a)),
+    "the decay is off by one token: each uses that of the token before": decay(
+        lambda x, dt, a: (dt[..., None] * x, shifted(a, 1))
+    ),
+    "the decay is off by one token: each uses that of the token after": decay(
+        lambda x, dt, a: (dt[..., None] * x, shifted(a, -1))
+    ),
+    "the decay is off by one token: a token's own part is decayed by its own step": decay(
+        lambda x, dt, a: (dt[..., None] * x * a.exp()[..., None], a)
+    ),
     "a token reads the state before it writes into it: y lags by one token": late_reading,
     "there is no decay": decay(lambda x, dt, a: (dt[..., None] * x, a * 0)),
     "the decay takes A without dt": decay(lambda x, dt, a: (dt[..., None] * x, a / dt)),
@@ -1918,12 +2286,24 @@ MISTAKES = {
 # Mistakes that show in gradients alone.
 SLOPES = {
     "the slope of softplus is missing": step(
-        lambda dt, bias, soft, limit: straight(soft, dt + bias).clamp(*limit) if soft is F.softplus else None),
-    "the slope of the limits is missing: a clamped step gets a gradient":
-        step(lambda dt, bias, soft, limit: soft(dt + bias) + (clamp(soft(dt + bias), limit) - soft(dt + bias)).detach()),
-    "the gradient of dt through the decay is missing":
-        decay(lambda x, dt, a: (dt[..., None] * x, a - (dt - dt.detach()) * (a / dt.clamp(min=1e-30)).detach())),
-    "the gradient of dt through dt x is missing": decay(lambda x, dt, a: (dt.detach()[..., None] * x, a)),
+        lambda dt, bias, soft, limit: (
+            straight(soft, dt + bias).clamp(*limit) if soft is F.softplus else None
+        )
+    ),
+    "the slope of the limits is missing: a clamped step gets a gradient": step(
+        lambda dt, bias, soft, limit: (
+            soft(dt + bias) + (clamp(soft(dt + bias), limit) - soft(dt + bias)).detach()
+        )
+    ),
+    "the gradient of dt through the decay is missing": decay(
+        lambda x, dt, a: (
+            dt[..., None] * x,
+            a - (dt - dt.detach()) * (a / dt.clamp(min=1e-30)).detach(),
+        )
+    ),
+    "the gradient of dt through dt x is missing": decay(
+        lambda x, dt, a: (dt.detach()[..., None] * x, a)
+    ),
 }
 
 
@@ -1978,20 +2358,27 @@ def looks_ahead(t, kw, q):
 
 
 OTHER_MISTAKES = {
-    "bidirectional": {"only the forward direction is scanned": only_one_direction,
-                      "D and the gate are applied in each direction, not once on the sum": twice_closed,
-                      "the backward result is not flipped back": not_flipped_back,
-                      "a token's own part is counted in one direction only": counted_once},
-    "varlen": {"cu_seqlens is ignored: the state leaks over the borders": one_row,
-               "all sequences start from the first sequence's state": first_state_for_all},
-    "layer": {"the norm comes before the gate": lift_layer(oracle, norm=norm_before_gate),
-              "one norm for all groups": lift_layer(oracle, norm=norm_of_all_groups),
-              "the convolution looks ahead": looks_ahead},
+    "bidirectional": {
+        "only the forward direction is scanned": only_one_direction,
+        "D and the gate are applied in each direction, not once on the sum": twice_closed,
+        "the backward result is not flipped back": not_flipped_back,
+        "a token's own part is counted in one direction only": counted_once,
+    },
+    "varlen": {
+        "cu_seqlens is ignored: the state leaks over the borders": one_row,
+        "all sequences start from the first sequence's state": first_state_for_all,
+    },
+    "layer": {
+        "the norm comes before the gate": lift_layer(oracle, norm=norm_before_gate),
+        "one norm for all groups": lift_layer(oracle, norm=norm_of_all_groups),
+        "the convolution looks ahead": looks_ahead,
+    },
 }
 
 
 def explain(kernel, outcome, settings, deadline=INF):
-    """Hints, the most telling first: what mistake it looks like, and in which part of the tensors it shows."""
+    """Hints, the most telling first: what mistake it looks like, and in which part of the tensors
+    it shows."""
     feature, case = parse(outcome.spec, settings.signature)
     if not outcome.deterministic:
         return [outcome.note or outcome.why]
@@ -2000,7 +2387,9 @@ def explain(kernel, outcome, settings, deadline=INF):
     passed = [label for label, over, _ in outcome.trail if over <= 1]
     if options.get("call") in STATEFUL and passed and outcome.got is not None:
         hints += remembered(outcome, settings)
-        return hints + [f"right {passed[0]}, wrong {outcome.result.label}: it keeps state between calls"]
+        return hints + [
+            f"right {passed[0]}, wrong {outcome.result.label}: it keeps state between calls"
+        ]
     for word, value in options.items():
         if word not in ("layout", "dy", "call") or (word, value) == ("dy", "zero"):
             continue
@@ -2019,11 +2408,14 @@ def explain(kernel, outcome, settings, deadline=INF):
     wrong = [k for k in outcome.over if outcome.over[k] > 1]
     outputs_wrong = [k for k in wrong if k in ("y", "final_states")]
     if not outputs_wrong:
-        hints.append(f"forward is right; only {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} wrong"
-                     + {("dA", "ddt"): ": the gradient of the running sum of dt A",
-                        ("dA",): ": its sum over batch and length",
-                        ("ddt",): ": what comes to it through dt x"}
-                     .get(tuple(sorted(set(wrong) - {"ddt_bias"})), ""))
+        hints.append(
+            f"forward is right; only {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} wrong"
+            + {
+                ("dA", "ddt"): ": the gradient of the running sum of dt A",
+                ("dA",): ": its sum over batch and length",
+                ("ddt",): ": what comes to it through dt x",
+            }.get(tuple(sorted(set(wrong) - {"ddt_bias"})), "")
+        )
     elif outputs_wrong == ["final_states"] and outcome.over.get("y", 0) <= 1:
         partial = ", and the length is no multiple of the chunk" if case["l"] % case["q"] else ""
         hints.append(f"y is right, final_states are not{partial}")
@@ -2033,23 +2425,35 @@ def explain(kernel, outcome, settings, deadline=INF):
 
 def right_without(word, value, outcome):
     if word == "layout":
-        what = {"odd": "inputs with odd strides", "projection": "slices of one wide projection",
-                "channel-first": "inputs whose last stride is not 1", "offset": "inputs with a storage offset",
-                "expanded": "inputs expanded along the batch (stride 0)",
-                "expanded-heads": "A and dt_bias expanded over the heads (stride 0)"}[value]
+        what = {
+            "odd": "inputs with odd strides",
+            "projection": "slices of one wide projection",
+            "channel-first": "inputs whose last stride is not 1",
+            "offset": "inputs with a storage offset",
+            "expanded": "inputs expanded along the batch (stride 0)",
+            "expanded-heads": "A and dt_bias expanded over the heads (stride 0)",
+        }[value]
         return f"right for contiguous tensors, wrong for {what}"
     if word == "dy":
         what = {"expanded": "a gradient of y with stride 0, as y.sum() gives",
                 "channel-first": "a gradient of y whose last stride is not 1",
                 "odd": "a gradient of y with odd strides"}[value]
         return f"right for contiguous tensors, wrong for {what}"
-    label = outcome.result.label if outcome.result else {
-        "no_grad": "under torch.no_grad", "inference_mode": "under torch.inference_mode",
-        "checkpoint": "inside torch.utils.checkpoint", "autocast": "under torch.autocast",
-        "compile": "under torch.compile", "backward-twice": "in a second backward pass over one graph",
-        "one-gradient": "where one input alone needs a gradient",
-        "final-unused": "where the final state is returned and not used",
-        "final-alone": "where the loss uses the final state alone"}.get(value, f"in {value}")
+    label = (
+        outcome.result.label
+        if outcome.result
+        else {
+            "no_grad": "under torch.no_grad",
+            "inference_mode": "under torch.inference_mode",
+            "checkpoint": "inside torch.utils.checkpoint",
+            "autocast": "under torch.autocast",
+            "compile": "under torch.compile",
+            "backward-twice": "in a second backward pass over one graph",
+            "one-gradient": "where one input alone needs a gradient",
+            "final-unused": "where the final state is returned and not used",
+            "final-alone": "where the loss uses the final state alone",
+        }.get(value, f"in {value}")
+    )
     if value in STATEFUL:
         return f"right when called once, wrong {label}: it keeps state between calls"
     return f"right when called plainly, wrong {label}"
@@ -2061,7 +2465,10 @@ def remembered(outcome, settings):
     for earlier in dict.fromkeys(s for _, _, s in outcome.trail if s != seed):
         want, limits = truth(outcome.result.spec, outcome.dtype, outcome.dtype, settings, earlier)
         if all(close(got[k], want[k], limits[k], k) for k in got if k in ("y", "final_states")):
-            return ["returns the result of an earlier call: results are remembered by shape or by pointer"]
+            return [
+                "returns the result of an earlier call: "
+                "results are remembered by shape or by pointer"
+            ]
     return []
 
 
@@ -2081,7 +2488,9 @@ def guilty_inputs(kernel, outcome, settings):
         if "expanded" in case["opts"]:
             break
         signature = dataclasses.replace(settings.signature, build=one)
-        got = judge_case(kernel, outcome.spec, outcome.dtype, settings.but(signature=signature), again=False)
+        got = judge_case(
+            kernel, outcome.spec, outcome.dtype, settings.but(signature=signature), again=False
+        )
         if got.status == "wrong":
             guilty.append(name)
     return [f"it is the layout of {', '.join(guilty)}"] if guilty else []
@@ -2091,7 +2500,10 @@ def refusal_hints(kernel, outcome, settings):
     feature, case = parse(outcome.spec, settings.signature)
     l, q = case["l"], case["q"]
     if "number of gradients" in outcome.why:
-        return ["backward must return one value per argument of forward, None for those without a gradient"]
+        return [
+            "backward must return one value per argument of forward, "
+            "None for those without a gradient"
+        ]
     if "does not require grad" in outcome.why:
         return ["a kernel without a backward pass is judged with --forward-only"]
     if "second time" in outcome.why:
@@ -2106,7 +2518,7 @@ def refusal_hints(kernel, outcome, settings):
 def hints_on_numbers(kernel, outcome, settings, deadline):
     """Not a number; else a known mistake; else zero or a factor; else precision."""
     feature, case = parse(outcome.result.spec, settings.signature)
-    got, over, dtype = outcome.got, outcome.over, outcome.dtype
+    got, over, _dtype = outcome.got, outcome.over, outcome.dtype
     wrong = [k for k in over if over[k] > 1]
     if any(not got[k].isfinite().all() for k in wrong):
         return hints_on_nan(kernel, outcome, settings, wrong)
@@ -2115,7 +2527,9 @@ def hints_on_numbers(kernel, outcome, settings, deadline):
     if not outputs_wrong:
         zero = [k for k in wrong if got[k].double().abs().max() == 0]
         if zero:
-            return [f"{', '.join(zero)} {'is' if len(zero) == 1 else 'are'} zero throughout, or None"]
+            return [
+                f"{', '.join(zero)} {'is' if len(zero) == 1 else 'are'} zero throughout, or None"
+            ]
     if not in_finer_dtype(kernel, outcome, settings):
         return precision_hint(kernel, outcome, settings, wrong)
     hints = known_mistakes(outcome, settings, want, limits, deadline)
@@ -2124,7 +2538,11 @@ def hints_on_numbers(kernel, outcome, settings, deadline):
     for k in wrong:
         value = got[k].double()
         factor = float((value * want[k]).sum() / want[k].square().sum().clamp(min=1e-300))
-        if abs(factor) > 1e-3 and abs(factor - 1) > 0.02 and close(value / factor, want[k], limits[k], k):
+        if (
+            abs(factor) > 1e-3
+            and abs(factor - 1) > 0.02
+            and close(value / factor, want[k], limits[k], k)
+        ):
             hints.append(f"{k} is off by the factor {factor:.4g}")
         elif k == "final_states" and close(transposed(got[k]), want[k], limits[k], k):
             hints.append("final_states are written transposed")
@@ -2138,18 +2556,29 @@ def hints_on_nan(kernel, outcome, settings, wrong):
     feature, case = parse(outcome.result.spec, settings.signature)
     names = ", ".join(k for k in wrong if not outcome.got[k].isfinite().all())
     again = judge_case(kernel, outcome.spec, outcome.dtype, settings.but(poison=False), again=False)
-    if again.got is not None and all(again.got[k].isfinite().all() for k in wrong if k in again.got):
+    if again.got is not None and all(
+        again.got[k].isfinite().all() for k in wrong if k in again.got
+    ):
         return [f"{names}: memory that was allocated but never written is read or returned"]
-    inputs = settings.signature.build(feature, case, outcome.dtype, seed=outcome.result.seed).double()
+    inputs = settings.signature.build(
+        feature, case, outcome.dtype, seed=outcome.result.seed
+    ).double()
     if "A" in inputs.t:
         dt = inputs.t["dt"] + inputs.t.get("dt_bias", 0)
         if float(dt.max()) > 20 and "dt_softplus" in inputs.kw:
             return [f"{names}: NaN or inf where a step is large: exp inside softplus overflows"]
-        sums = (F.softplus(dt) if "dt_softplus" in inputs.kw else dt.clamp(min=0)).mul(inputs.t["A"]).abs()
+        sums = (
+            (F.softplus(dt) if "dt_softplus" in inputs.kw else dt.clamp(min=0))
+            .mul(inputs.t["A"])
+            .abs()
+        )
         q = min(case["q"], case["l"])
-        if float(sums.unfold(1, q, 1).sum(-1).max()) > 80:              # exp of it is beyond float32
-            return [f"{names}: NaN or inf where |A dt| is large: exp of a positive number overflows, as in exp(-cumsum); "
-                    "where it is a difference, mask before exp"]
+        if float(sums.unfold(1, q, 1).sum(-1).max()) > 80:  # exp of it is beyond float32
+            return [
+                f"{names}: NaN or inf where |A dt| is large: exp of a positive number overflows, "
+                "as in exp(-cumsum); "
+                "where it is a difference, mask before exp"
+            ]
     if outcome.dtype == torch.float16:
         return [f"{names}: inf or NaN: a product or a sum leaves the range of float16"]
     return [f"{names}: NaN or inf"]
@@ -2160,7 +2589,9 @@ def known_mistakes(outcome, settings, want, limits, deadline):
     feature, case = parse(outcome.result.spec, settings.signature)
     if size(case)[1] > 4_000_000 or case["l"] > 800:
         return []
-    double = settings.signature.build(feature, case, outcome.dtype, seed=outcome.result.seed).double()
+    double = settings.signature.build(
+        feature, case, outcome.dtype, seed=outcome.result.seed
+    ).double()
     got, over = outcome.got, outcome.over
     wrong = [k for k in over if over[k] > 1]
     outputs_wrong = [k for k in wrong if k in ("y", "final_states")]
@@ -2178,17 +2609,27 @@ def known_mistakes(outcome, settings, want, limits, deadline):
             break
         try:
             as_if = run(mistake, double, grads)
-        except Exception:                            # the mistake needs an option that this case lacks
+        except Exception:  # the mistake needs an option that this case lacks
             continue
         if any(as_if.get(k) is None for k in part):
             continue
-        differs = [k for k in part if float(max(e.max() for e in excess(as_if[k], want[k], limits[k], k))) > 1]
+        differs = [
+            k
+            for k in part
+            if float(max(e.max() for e in excess(as_if[k], want[k], limits[k], k))) > 1
+        ]
         if differs == part and all(close(got[k], as_if[k], limits[k], k) for k in part):
             hints.append(words)
             if outputs_wrong and len(hints) == 2:
                 break
-    if not outputs_wrong and "final_states" in double.d and double.d["final_states"].abs().max() > 0:
-        silent = dataclasses.replace(double, d=double.d | {"final_states": double.d["final_states"] * 0})
+    if (
+        not outputs_wrong
+        and "final_states" in double.d
+        and double.d["final_states"].abs().max() > 0
+    ):
+        silent = dataclasses.replace(
+            double, d=double.d | {"final_states": double.d["final_states"] * 0}
+        )
         as_if = run(lift(oracle), silent, grads)
         if all(as_if[k] is not None and close(got[k], as_if[k], limits[k], k) for k in wrong):
             hints.insert(0, "the gradient of the final states is dropped")
@@ -2196,7 +2637,8 @@ def known_mistakes(outcome, settings, want, limits, deadline):
 
 
 def close(got, want, limits, name):
-    """Within twice the tolerance, or within rounding of values that are much larger than the truth's."""
+    """Within twice the tolerance, or within rounding of values that are much larger than the
+    truth's."""
     if all(float(e.max()) <= 2 for e in excess(got, want, limits, name)):
         return True
     error = (got.double() - want).square().mean().sqrt()
@@ -2225,19 +2667,23 @@ def precision_hint(kernel, outcome, settings, wrong):
     if dtype == torch.float32 and not settings.tf32:
         with_tf32 = judge_case(kernel, outcome.spec, dtype, settings.but(tf32=True), again=False)
         admits = "; --tf32 admits such products" if with_tf32.status == "right" else ""
-    return [f"too little precision: something is summed {how} that a careful kernel keeps in float32"
-            + along(outcome, wrong, settings) + admits]
+    return [
+        f"too little precision: something is summed {how} that a careful kernel keeps in float32"
+        + along(outcome, wrong, settings)
+        + admits
+    ]
 
 
 def along(outcome, wrong, settings):
-    """Does the error grow along the chunk (a running sum that restarts) or along the sequence (a state)?"""
+    """Does the error grow along the chunk (a running sum that restarts) or along the sequence (a
+    state)?"""
     want, _ = truth_of(outcome, settings)
     case = parse(outcome.result.spec, settings.signature)[1]
     if "y" not in wrong:
         return ""
     size = want["y"].abs()
     axes = [i for i in range(size.dim()) if i != 1]
-    error = (outcome.got["y"].double() - want["y"]).abs().mean(axes) / size.mean(axes)          # (l,)
+    error = (outcome.got["y"].double() - want["y"]).abs().mean(axes) / size.mean(axes)  # (l,)
     if case["l"] >= 8 * case["q"]:
         half = len(error) // 2
         grows = error[half:].mean() > 1.5 * error[:half].mean()
@@ -2272,11 +2718,18 @@ def pattern(name, outcome, settings):
         elif len({p % q for p in seen["position"]}) < min(4, q):
             places = ", ".join(map(str, sorted({p % q for p in seen["position"]})))
             yield f"{name}: only at place {places} of a chunk"
-    beyond_first = "head" in seen and r > 1 and 1 in seen["head"] and not any(h % r == 0 for h in seen["head"])
+    beyond_first = (
+        "head" in seen and r > 1 and 1 in seen["head"] and not any(h % r == 0 for h in seen["head"])
+    )
     if beyond_first:
         yield f"{name}: only for heads beyond the first of a group"
-    sizes = dict(zip("batch head group headdim state row column channel".split(),
-                     [case[k] for k in "bhgpn"] + list(ratio.shape[:1]) + list(ratio.shape[-1:]) * 2))
+    sizes = dict(
+        zip(
+            "batch head group headdim state row column channel".split(),
+            [case[k] for k in "bhgpn"] + list(ratio.shape[:1]) + list(ratio.shape[-1:]) * 2,
+            strict=False,
+        )
+    )
     for axis, size in sizes.items():
         if axis not in seen or (axis == "head" and beyond_first):
             continue
@@ -2293,7 +2746,8 @@ def pattern(name, outcome, settings):
 
 
 def report(kernel, outcome, settings, name, hints, seconds=5):
-    """The text of one failure: what, where, smallest case, hints, and the command that shows it again."""
+    """The text of one failure: what, where, smallest case, hints, and the command that shows it
+    again."""
     spec, dtype = outcome.spec, outcome.dtype
     lines = [f"{parse(spec, settings.signature)[0]} in {NAME_OF[dtype]} is wrong: {amiss(outcome)}"]
     lines += [f"hint: {hint}" for hint in hints]
@@ -2304,14 +2758,22 @@ def report(kernel, outcome, settings, name, hints, seconds=5):
     lines += [f"smallest case: {small}" + (f" ({again.why})" if again.why else "")]
     if again.over:
         lines += ["  " + locate(k, again, settings) for k, v in again.over.items() if v > 1]
-    flags = "".join([f" --signature {settings.signature.name}" if settings.signature.name != "scan" else "",
-                     f" --device {settings.device}" if settings.device != "cpu" else "",
-                     " --tf32" if settings.tf32 else "", f" --seed {settings.seed}" if settings.seed else "",
-                     " --forward-only" if settings.forward_only else "",
-                     " --allow-delegation" if settings.allow_delegation else "",
-                     f" --always {','.join(settings.always)}" if settings.always else ""])
-    lines += [f"again: python -m pytest tests/test_kernel.py --kernel {name} --dtype {NAME_OF[dtype]}{flags}"
-              f" --case '{small}'"]
+    flags = "".join(
+        [
+            f" --signature {settings.signature.name}" if settings.signature.name != "scan" else "",
+            f" --device {settings.device}" if settings.device != "cpu" else "",
+            " --tf32" if settings.tf32 else "",
+            f" --seed {settings.seed}" if settings.seed else "",
+            " --forward-only" if settings.forward_only else "",
+            " --allow-delegation" if settings.allow_delegation else "",
+            f" --always {','.join(settings.always)}" if settings.always else "",
+        ]
+    )
+    lines += [
+        f"again: python -m pytest tests/test_kernel.py --kernel {name}"
+        f" --dtype {NAME_OF[dtype]}{flags}"
+        f" --case '{small}'"
+    ]
     return "\n".join(lines)
 
 
@@ -2319,7 +2781,8 @@ def report(kernel, outcome, settings, name, hints, seconds=5):
 
 
 class Verdict:
-    """What came out: `ok`, `outcomes`, and as text a summary, the causes, three reports, the rest as a list."""
+    """What came out: `ok`, `outcomes`, and as text a summary, the causes, three reports, the rest
+    as a list."""
 
     def __init__(self, name, settings, outcomes, required, left_out, seconds):
         self.name, self.settings, self.outcomes = name, settings, outcomes
@@ -2354,20 +2817,34 @@ class Verdict:
         lacked = [f for f in dict.fromkeys(map(self.feature, lacking)) if f not in judged]
         s = self.settings
         scope = ", forward only" if s.forward_only else ""
-        word = "right" if self.ok else "WRONG" if wrong else "NOT ENOUGH" if right else "NOTHING JUDGED"
+        word = (
+            "right"
+            if self.ok
+            else "WRONG"
+            if wrong
+            else "NOT ENOUGH"
+            if right
+            else "NOTHING JUDGED"
+        )
         lines = [f"verdict on {self.name}, signature {s.signature.name}, {s.device}{scope}: {word}",
                  f"{len(right)} right, {len(wrong)} wrong, {len(lacking)} not supported; features: "
                  f"{len(judged)} judged, {len(lacked)} lacking ({self.seconds:.0f} s)"]
         if not right and not wrong:
             lines.append("nothing was judged: no case ran to its end, so this is no pass")
         dtypes = {NAME_OF[o.dtype] for o in right + wrong}
-        silent = [NAME_OF[d] for d in dict.fromkeys(o.dtype for o in self.outcomes) if NAME_OF[d] not in dtypes]
+        silent = [
+            NAME_OF[d]
+            for d in dict.fromkeys(o.dtype for o in self.outcomes)
+            if NAME_OF[d] not in dtypes
+        ]
         if silent:
             lines.append(f"no case judged in: {', '.join(silent)}")
         if self.left_out:
             lines.append(self.left_out)
         for o in self.missing:
-            lines.append(f"required, not supported: {self.feature(o)} in {NAME_OF[o.dtype]}: {o.why}")
+            lines.append(
+                f"required, not supported: {self.feature(o)} in {NAME_OF[o.dtype]}: {o.why}"
+            )
         lines += self.tell_causes()
         lines += [""] + ["\n".join([text, ""]) for text in self.reports]
         lines += self.tell_lacking(lacking)
@@ -2386,7 +2863,10 @@ class Verdict:
             cases = [f"{self.feature(o)} {NAME_OF[o.dtype]}" for o in outcomes]
             more = f" and {len(cases) - 12} more" if len(cases) > 12 else ""
             lines.append(f"{i}. {cause}")
-            lines.append(f"   {len(cases)} case{'s' if len(cases) > 1 else ''}: {', '.join(cases[:12])}{more}")
+            lines.append(
+                f"   {len(cases)} case{'s' if len(cases) > 1 else ''}:"
+                f" {', '.join(cases[:12])}{more}"
+            )
         return lines
 
     def tell_lacking(self, lacking):
@@ -2397,9 +2877,14 @@ class Verdict:
         for outcomes in groups.values():
             features = list(dict.fromkeys(map(self.feature, outcomes)))
             more = f" and {len(features) - 12} more" if len(features) > 12 else ""
-            lines.append(f"  {len(outcomes)} cases ({', '.join(features[:12])}{more}): {outcomes[0].why}")
+            lines.append(
+                f"  {len(outcomes)} cases ({', '.join(features[:12])}{more}): {outcomes[0].why}"
+            )
         if lacking and not self.of("wrong") and len(lacking) > len(self.outcomes) / 2:
-            lines.append("  a kernel for certain shapes is judged at them: --shape headdim=64,d_state=128,chunk=256")
+            lines.append(
+                "  a kernel for certain shapes is judged at them: "
+                "--shape headdim=64,d_state=128,chunk=256"
+            )
         return lines
 
     def table(self):
@@ -2409,7 +2894,11 @@ class Verdict:
         for o in self.outcomes:
             cell = "not supported"
             if o.status != "not supported":
-                cell = f"{o.worst:.2f} {o.where}" if o.status == "right" else f"WRONG {o.worst:.3g} {o.where}"
+                cell = (
+                    f"{o.worst:.2f} {o.where}"
+                    if o.status == "right"
+                    else f"WRONG {o.worst:.3g} {o.where}"
+                )
             cells[self.feature(o), o.dtype] = cell
         yield "worst error over its tolerance, and where; above 1 is wrong"
         yield f"{'feature':30}" + "".join(f"{NAME_OF[d]:>25}" for d in dtypes)
@@ -2431,7 +2920,11 @@ def find_causes(kernel, verdict, name, reports=3, seconds=25):
     for outcomes in order:
         first = min(outcomes, key=lambda o: size(parse(o.spec, settings.signature)[1]))
         hints = explain(kernel, first, settings, end) if time.monotonic() < end else []
-        cause = hints[0] if hints else first.why and digits_kept(first) or f"wrong: {', '.join(look(first)[1])}"
+        cause = (
+            hints[0]
+            if hints
+            else first.why and digits_kept(first) or f"wrong: {', '.join(look(first)[1])}"
+        )
         known = verdict.causes.setdefault(cause, (hints, []))
         if not known[1]:
             known[1].append(first)
@@ -2439,7 +2932,7 @@ def find_causes(kernel, verdict, name, reports=3, seconds=25):
         else:
             known[1].extend(outcomes)
     verdict.causes = dict(sorted(verdict.causes.items(), key=lambda item: -len(item[1][1])))
-    for cause, (hints, outcomes) in list(verdict.causes.items())[:reports]:
+    for hints, outcomes in list(verdict.causes.values())[:reports]:
         left = max(1.0, min(5.0, end + 5 - time.monotonic()))
         verdict.reports.append(report(kernel, outcomes[0], settings, name, hints, left))
 
@@ -2473,7 +2966,14 @@ def load(path):
         raise ValueError(f"--kernel {path}: {error}. It reads package.module:function") from error
 
 
-SHAPE_KEYS = {"batch": "b", "nheads": "h", "headdim": "p", "ngroups": "g", "d_state": "n", "chunk": "q"}
+SHAPE_KEYS = {
+    "batch": "b",
+    "nheads": "h",
+    "headdim": "p",
+    "ngroups": "g",
+    "d_state": "n",
+    "chunk": "q",
+}
 
 
 def read_shape(shape):
@@ -2531,12 +3031,18 @@ def chosen(settings, cases, thorough, compiles, sizes, always):
     if cases:
         given = [cases] if isinstance(cases, str) else list(cases)
     else:
-        given = [name for name in signature.cases if thorough or signature.kind_of[name] != "thorough"]
+        given = [
+            name for name in signature.cases if thorough or signature.kind_of[name] != "thorough"
+        ]
     specs = []
     for spec in given:
         feature, case = parse(spec, signature)
         way = options_of(case).get("call")
-        if not cases and (way == "compile") > compiles or (settings.forward_only and way in NEEDS_GRADIENT):
+        if (
+            not cases
+            and (way == "compile") > compiles
+            or (settings.forward_only and way in NEEDS_GRADIENT)
+        ):
             continue
         if settings.forward_only and not cases and options_of(case).get("dy"):
             continue
@@ -2549,24 +3055,42 @@ def is_large(case):
     return case["b"] * case["l"] * case["h"] * case["p"] * case["n"] > 3_000_000 or case["l"] > 1000
 
 
-def judge(kernel, signature="scan", device="cpu", dtypes="float64,float32,bfloat16,float16", cases=None,
-          require=(), tf32=False, shape=None, always=(), forward_only=False, compiles=False,
-          compile_backend="inductor", allow_delegation=False, thorough=False, seed=None, name=None, progress=None):
+def judge(
+    kernel,
+    signature="scan",
+    device="cpu",
+    dtypes="float64,float32,bfloat16,float16",
+    cases=None,
+    require=(),
+    tf32=False,
+    shape=None,
+    always=(),
+    forward_only=False,
+    compiles=False,
+    compile_backend="inductor",
+    allow_delegation=False,
+    thorough=False,
+    seed=None,
+    name=None,
+    progress=None,
+):
     """Judge a kernel; print the Verdict, or ask it for `ok`.
 
-    kernel: a function, or "package.module:function". signature: scan, varlen, step, bidirectional or layer.
-    dtypes: names or torch dtypes. cases: specs as a verdict prints them; default: all. require: features or
-    dtypes that must be supported, or "all". shape: sizes that the kernel is restricted to. always: options that it
-    always applies. seed: of the cases that draw fresh values; default: drawn anew. Raises ValueError for what is
-    not known.
+    kernel: a function, or "package.module:function". signature: scan, varlen, step, bidirectional
+    or layer. dtypes: names or torch dtypes. cases: specs as a verdict prints them; default: all.
+    require: features or dtypes that must be supported, or "all". shape: sizes that the kernel is
+    restricted to. always: options that it always applies. seed: of the cases that draw fresh
+    values; default: drawn anew. Raises ValueError for what is not known.
     """
     start = time.monotonic()
-    name = name or (kernel if isinstance(kernel, str) else
-                    f"{getattr(kernel, '__module__', '')}:{getattr(kernel, '__qualname__', type(kernel).__name__)}")
+    name = name or name_of(kernel)
     if signature not in SIGNATURES:
         raise ValueError(f"--signature: no {signature!r}; there are {', '.join(SIGNATURES)}")
     split = lambda given: given.split(",") if isinstance(given, str) else list(given)
-    dtypes = [NAME_OF.get(d, d) for d in split(dtypes if not isinstance(dtypes, torch.dtype) else [dtypes])]
+    dtypes = [
+        NAME_OF.get(d, d)
+        for d in split(dtypes if not isinstance(dtypes, torch.dtype) else [dtypes])
+    ]
     unknown = [str(d) for d in dtypes if d not in DTYPES]
     if unknown or not dtypes:
         raise ValueError(f"--dtype: no {', '.join(unknown)}; there are {', '.join(DTYPES)}")
@@ -2575,8 +3099,15 @@ def judge(kernel, signature="scan", device="cpu", dtypes="float64,float32,bfloat
     if unknown:
         raise ValueError(f"--always: no {', '.join(unknown)}; there are "
                          f"{', '.join(w for w in WORDS if WORDS[w] == ())}")
-    settings = Settings(SIGNATURES[signature], str(device), tf32, forward_only, allow_delegation, tuple(always),
-                        compile_backend)
+    settings = Settings(
+        SIGNATURES[signature],
+        str(device),
+        tf32,
+        forward_only,
+        allow_delegation,
+        tuple(always),
+        compile_backend,
+    )
     required = {r for r in split(require) if r}
     unknown = required - {"all"} - set(settings.signature.cases) - set(DTYPES)
     if unknown:
@@ -2587,13 +3118,17 @@ def judge(kernel, signature="scan", device="cpu", dtypes="float64,float32,bfloat
     if isinstance(kernel, torch.nn.Module):
         sizes |= sizes_of_module(kernel)
     specs = chosen(settings, cases, thorough, compiles, sizes, always)
-    plan = [(spec, d) for spec in specs for d in wanted(spec, dtypes, settings, thorough or bool(cases))]
+    plan = [
+        (spec, d) for spec in specs for d in wanted(spec, dtypes, settings, thorough or bool(cases))
+    ]
     plan.sort(key=lambda pair: is_large(parse(pair[0], settings.signature)[1]))
     fresh = int.from_bytes(os.urandom(3)) if seed is None else int(seed)
     outcomes, left_out = [], ""
     for i, (spec, dtype) in enumerate(plan):
         way = options_of(parse(spec, settings.signature)[1]).get("call")
-        with_seed = settings.but(seed=fresh if way in ("fresh-values", "resized") or seed is not None else 0)
+        with_seed = settings.but(
+            seed=fresh if way in ("fresh-values", "resized") or seed is not None else 0
+        )
         outcomes.append(judge_case(kernel, spec, DTYPES[dtype], with_seed))
         outcomes[-1].seed = with_seed.seed
         if progress:
@@ -2607,8 +3142,16 @@ def judge(kernel, signature="scan", device="cpu", dtypes="float64,float32,bfloat
     return verdict
 
 
+def name_of(kernel):
+    if isinstance(kernel, str):
+        return kernel
+    name = getattr(kernel, "__qualname__", type(kernel).__name__)
+    return f"{getattr(kernel, '__module__', '')}:{name}"
+
+
 def wanted(spec, dtypes, settings, every):
-    """The dtypes of a case; large ones run in two unless asked for, and autocast is for float32 and bfloat16."""
+    """The dtypes of a case; large ones run in two unless asked for, and autocast is for float32 and
+    bfloat16."""
     case = parse(spec, settings.signature)[1]
     if options_of(case).get("call") == "autocast":
         return [d for d in dtypes if d in ("float32", "bfloat16")]
@@ -2639,10 +3182,20 @@ def sizes_of_module(module):
         d_model, inner = shapes["out_proj.weight"]
         h, (convolved, _, w) = shapes["dt_bias"][0], shapes["conv1d.weight"]
     except (KeyError, ValueError) as error:
-        raise ValueError("the module has not the parameters of Mamba2: in_proj.weight, conv1d.weight, conv1d.bias, "
-                         f"dt_bias, A_log, D, norm.weight, out_proj.weight ({error})") from error
+        raise ValueError(
+            "the module has not the parameters of Mamba2: "
+            "in_proj.weight, conv1d.weight, conv1d.bias, "
+            f"dt_bias, A_log, D, norm.weight, out_proj.weight ({error})"
+        ) from error
     g = getattr(module, "ngroups", 1)
-    return {"m": d_model, "h": h, "p": inner // h, "g": g, "n": (convolved - inner) // (2 * g), "w": w}
+    return {
+        "m": d_model,
+        "h": h,
+        "p": inner // h,
+        "g": g,
+        "n": (convolved - inner) // (2 * g),
+        "w": w,
+    }
 
 
 # As it was before any kernel was loaded.

@@ -1,7 +1,9 @@
-"""Proof of the judge: kernels broken on purpose are caught and the fault is named; right kernels pass.
+"""Proof of the judge: kernels broken on purpose are caught and the fault is named; right kernels
+pass.
 
-The broken kernels stand in broken_kernels.py, by kind. Of each it is asked that the right scan passes the case named
-and that the broken one fails it, with a hint that says what is wrong. Each runs that case alone.
+The broken kernels stand in broken_kernels.py, by kind. Of each it is asked that the right scan
+passes the case named and that the broken one fails it, with a hint that says what is wrong. Each
+runs that case alone.
 """
 import functools
 import importlib.util
@@ -29,7 +31,9 @@ def said(kernel, case, dtype, settings=PLAIN):
     """Judge a broken kernel; everything that the verdict says of it."""
     outcome = judge_case(kernel, case, DTYPES[dtype], settings)
     assert outcome.status == "wrong", outcome
-    return "\n".join([outcome.why, outcome.where, outcome.note, *explain(kernel, outcome, settings)])
+    return "\n".join(
+        [outcome.why, outcome.where, outcome.note, *explain(kernel, outcome, settings)]
+    )
 
 
 def is_right(kernel, case, dtype="float32", settings=PLAIN):
@@ -41,8 +45,12 @@ def is_right(kernel, case, dtype="float32", settings=PLAIN):
 # --- Broken kernels are caught --------------------------------------------------------------------
 
 LISTS = {
-    "mathematics": {fault: (scan(fault), *rest) for fault, rest in broken_kernels.MATHEMATICS.items()},
-    "sizes": broken_kernels.SIZES, "layouts": broken_kernels.LAYOUTS, "calls": broken_kernels.CALLS,
+    "mathematics": {
+        fault: (scan(fault), *rest) for fault, rest in broken_kernels.MATHEMATICS.items()
+    },
+    "sizes": broken_kernels.SIZES,
+    "layouts": broken_kernels.LAYOUTS,
+    "calls": broken_kernels.CALLS,
     "values": broken_kernels.VALUES,
 }
 BROKEN = [(kind, fault) for kind, faults in LISTS.items() for fault in faults]
@@ -169,7 +177,11 @@ def with_atomics(x, dt, A, B, C, chunk_size, **kw):
 
 
 def for_powers_of_two(x, dt, A, B, C, chunk_size, **kw):
-    for name, size in (("headdim", x.shape[3]), ("d_state", B.shape[3]), ("chunk_size", chunk_size)):
+    for name, size in (
+        ("headdim", x.shape[3]),
+        ("d_state", B.shape[3]),
+        ("chunk_size", chunk_size),
+    ):
         if size & (size - 1) or size < 16:
             raise ValueError(f"{name} must be a power of two and at least 16, got {size}")
     return scan()(x, dt, A, B, C, chunk_size, **kw)
@@ -185,9 +197,22 @@ def with_softplus_and_bias(x, dt, A, B, C, chunk_size, dt_bias, **kw):
     return scan()(x, dt, A, B, C, chunk_size, dt_bias=dt_bias, dt_softplus=True, **kw)
 
 
-SMALL = [name for kind in ("lengths", "options", "packed", "values") for name in SIGNATURES["scan"].kinds[kind]]
-FEW = ["plain", "chunk-plus-1", "all", "seq_idx-before-chunk", "A-dt-mixed", "views", "final-used-alone",
-       "fresh-values-all", "repeats"]
+SMALL = [
+    name
+    for kind in ("lengths", "options", "packed", "values")
+    for name in SIGNATURES["scan"].kinds[kind]
+]
+FEW = [
+    "plain",
+    "chunk-plus-1",
+    "all",
+    "seq_idx-before-chunk",
+    "A-dt-mixed",
+    "views",
+    "final-used-alone",
+    "fresh-values-all",
+    "repeats",
+]
 
 
 @pytest.mark.parametrize("name", ["ssd_recurrent", "ssd_quadratic", "ssd_chunked_plain"])
@@ -204,12 +229,19 @@ def test_the_right_scan_is_accepted_in_every_small_case():
     assert verdict.ok and not verdict.of("not supported"), verdict
 
 
-@pytest.mark.parametrize("kernel, dtypes, cases", [
-    (in_log_space, "float64,float32,bfloat16", [c for c in FEW if "seq_idx" not in c and c != "views"]),
-    (with_other_strides, "float32,float16", FEW),
-    (half_operands, "bfloat16", FEW),
-    (with_atomics, "float32,bfloat16", FEW),
-])
+@pytest.mark.parametrize(
+    "kernel, dtypes, cases",
+    [
+        (
+            in_log_space,
+            "float64,float32,bfloat16",
+            [c for c in FEW if "seq_idx" not in c and c != "views"],
+        ),
+        (with_other_strides, "float32,float16", FEW),
+        (half_operands, "bfloat16", FEW),
+        (with_atomics, "float32,bfloat16", FEW),
+    ],
+)
 def test_a_sound_kernel_is_accepted(kernel, dtypes, cases):
     verdict = judge(kernel, dtypes=dtypes, cases=cases)
     assert verdict.ok and not verdict.of("not supported"), verdict
@@ -231,14 +263,18 @@ def test_a_kernel_for_certain_shapes_is_judged_at_them():
 def test_a_kernel_without_a_backward_pass_has_a_verdict_of_its_own():
     with_gradients = judge(forward_alone, dtypes="float32", cases=["plain", "all"])
     assert not with_gradients.ok and "--forward-only" in str(with_gradients)
-    verdict = judge(forward_alone, dtypes="float32", cases=["plain", "all", "views"], forward_only=True)
+    verdict = judge(
+        forward_alone, dtypes="float32", cases=["plain", "all", "views"], forward_only=True
+    )
     assert verdict.ok and "forward only" in str(verdict), verdict
 
 
 def test_options_that_are_always_applied_are_admitted():
     cases = ["plain", "D", "z", "final_states"]
     assert not judge(with_softplus_and_bias, dtypes="float32", cases=cases).ok
-    verdict = judge(with_softplus_and_bias, dtypes="float32", cases=cases, always="dt_softplus,dt_bias")
+    verdict = judge(
+        with_softplus_and_bias, dtypes="float32", cases=cases, always="dt_softplus,dt_bias"
+    )
     assert verdict.ok and len(verdict.of("right")) == 4, verdict
 
 
@@ -246,7 +282,10 @@ def test_tf32_products_are_admitted_only_when_asked_for():
     in_tf32 = scan("products in tf32")
     assert judge_case(in_tf32, "plain", torch.float32).status == "wrong"
     assert judge_case(in_tf32, "plain", torch.float32, Settings(tf32=True)).status == "right"
-    assert judge_case(scan("groups in turn"), "plain", torch.float32, Settings(tf32=True)).status == "wrong"
+    assert (
+        judge_case(scan("groups in turn"), "plain", torch.float32, Settings(tf32=True)).status
+        == "wrong"
+    )
 
 
 def test_delegation_is_admitted_only_when_asked_for():
@@ -263,16 +302,30 @@ def raising(error, backward=False):
     return kernel
 
 
-@pytest.mark.parametrize("error", [
-    NotImplementedError("no z"), ValueError("z is not supported"), AssertionError("a gate is not implemented"),
-    RuntimeError("selective_scan only supports z of None"), ValueError("headdim must be 64")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotImplementedError("no z"),
+        ValueError("z is not supported"),
+        AssertionError("a gate is not implemented"),
+        RuntimeError("selective_scan only supports z of None"),
+        ValueError("headdim must be 64"),
+    ],
+)
 def test_what_is_said_to_be_lacking_is_not_called_wrong(error):
     assert judge_case(raising(error), "z", torch.float32).status == "not supported"
     assert judge_case(raising(error), "plain", torch.float32).status == "right"
 
 
-@pytest.mark.parametrize("error", [TypeError("'NoneType' object is not iterable"), AssertionError(), KeyError("z"),
-                                   RuntimeError("shape '[2, 3]' is invalid for input of size 5")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("'NoneType' object is not iterable"),
+        AssertionError(),
+        KeyError("z"),
+        RuntimeError("shape '[2, 3]' is invalid for input of size 5"),
+    ],
+)
 def test_an_accident_is_called_wrong(error):
     assert judge_case(raising(error), "z", torch.float32).status == "wrong"
 
@@ -316,7 +369,9 @@ def zeros(x, dt, A, B, C, chunk_size, **kw):
 def test_nothing_is_green_that_was_not_judged():
     start = time.process_time()
     verdict = judge(nothing)
-    assert not verdict.ok and "NOTHING JUDGED" in str(verdict) and "0 right, 0 wrong" in str(verdict)
+    assert (
+        not verdict.ok and "NOTHING JUDGED" in str(verdict) and "0 right, 0 wrong" in str(verdict)
+    )
     assert time.process_time() - start < 60
 
 
@@ -331,7 +386,9 @@ def test_a_verdict_opens_with_a_summary_and_groups_its_causes():
     verdict = judge(scan("groups in turn"), dtypes="float32,bfloat16",
                     cases=["plain", "odd-sizes", "three-groups", "one-group", "D", "length-1"])
     lines = str(verdict).splitlines()
-    assert "WRONG" in lines[0] and "2 right, 10 wrong, 0 not supported; features: 6 judged" in lines[1]
+    assert (
+        "WRONG" in lines[0] and "2 right, 10 wrong, 0 not supported; features: 6 judged" in lines[1]
+    )
     assert lines[3] == "1 cause:" and "heads take their groups in turn" in lines[4]
     assert str(verdict).count("again: ") <= 3
 
@@ -343,12 +400,27 @@ def test_required_features_must_be_supported():
         assert not judge(lacks_z, dtypes="float32", cases=["plain", "z"], require=require).ok
 
 
-@pytest.mark.parametrize("options", [
-    dict(cases="no-such-feature"), dict(cases="plain:length=3"), dict(cases="plain:l=0"), dict(cases="plain:l=x"),
-    dict(cases="plain:opts=skip"), dict(cases="plain:h=5"), dict(cases="plain:l"), dict(cases="plain:dt=3"),
-    dict(cases="plain:opts=seq_idx=x"), dict(cases="plain:opts=call=twice"), dict(dtypes="int8"),
-    dict(require="speed"), dict(shape="width=3"), dict(shape="headdim=0"), dict(always="speed"),
-    dict(signature="attention")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(cases="no-such-feature"),
+        dict(cases="plain:length=3"),
+        dict(cases="plain:l=0"),
+        dict(cases="plain:l=x"),
+        dict(cases="plain:opts=skip"),
+        dict(cases="plain:h=5"),
+        dict(cases="plain:l"),
+        dict(cases="plain:dt=3"),
+        dict(cases="plain:opts=seq_idx=x"),
+        dict(cases="plain:opts=call=twice"),
+        dict(dtypes="int8"),
+        dict(require="speed"),
+        dict(shape="width=3"),
+        dict(shape="headdim=0"),
+        dict(always="speed"),
+        dict(signature="attention"),
+    ],
+)
 def test_unknown_keys_and_bad_values_are_refused(options):
     with pytest.raises(ValueError, match="--"):
         judge(scan(), **options)
@@ -394,9 +466,13 @@ def test_the_report_says_where_and_how_to_see_it_again():
     outcome = judge_case(scan("groups in turn"), "plain", torch.float32)
     hints = explain(scan("groups in turn"), outcome, Settings())
     text = report(scan("groups in turn"), outcome, Settings(), "package:kernel", hints)
-    for part in ("x its tolerance", "hint: heads take their groups in turn", "smallest case: plain:",
-                 "first at batch 0, position 0 (chunk 0, place 0)",
-                 "--kernel package:kernel --dtype float32 --case 'plain:"):
+    for part in (
+        "x its tolerance",
+        "hint: heads take their groups in turn",
+        "smallest case: plain:",
+        "first at batch 0, position 0 (chunk 0, place 0)",
+        "--kernel package:kernel --dtype float32 --case 'plain:",
+    ):
         assert part in text, text
 
 
@@ -421,8 +497,11 @@ def in_numpy(x, dt, A, B, C, chunk_size, D=None):
     r, state, ys = x.shape[2] // B.shape[2], 0, []
     dt = np.maximum(dt, 0)
     for i in range(x.shape[1]):
-        b, c = (np.repeat(t[:, i], r, 1)[:, :, None] for t in (B, C))           # (b, h, 1, n)
-        state = np.exp(dt[:, i] * A)[..., None, None] * state + (dt[:, i, :, None] * x[:, i])[..., None] * b
+        b, c = (np.repeat(t[:, i], r, 1)[:, :, None] for t in (B, C))  # (b, h, 1, n)
+        state = (
+            np.exp(dt[:, i] * A)[..., None, None] * state
+            + (dt[:, i, :, None] * x[:, i])[..., None] * b
+        )
         ys.append((state * c).sum(-1))
     y = np.stack(ys, 1)
     return y if D is None else y + x * D.reshape(len(A), -1)
@@ -433,7 +512,12 @@ def test_arrays_come_in_through_an_adapter():
         array = lambda v: v.detach().numpy() if torch.is_tensor(v) else v
         return torch.from_numpy(in_numpy(*map(array, args), **{k: array(v) for k, v in kw.items()}))
 
-    verdict = judge(adapter, dtypes="float64,float32", forward_only=True, cases=["plain", "D", "z", "dt-negative"])
+    verdict = judge(
+        adapter,
+        dtypes="float64,float32",
+        forward_only=True,
+        cases=["plain", "D", "z", "dt-negative"],
+    )
     assert len(verdict.of("right")) == 2 and len(verdict.of("not supported")) == 6, verdict
 
 
@@ -442,19 +526,35 @@ broken = scan("groups in turn")
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "pytest", "tests/test_kernel.py", "-p", "no:cacheprovider",
-                           *arguments], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/test_kernel.py",
+            "-p",
+            "no:cacheprovider",
+            *arguments,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_exit_codes_and_texts_of_the_command():
     ours = "tests.test_kernel_judge:"
-    wrong = command("--kernel", ours + "broken", "--dtype", "float32", "--case", "plain", "--case", "one-group")
+    wrong = command(
+        "--kernel", ours + "broken", "--dtype", "float32", "--case", "plain", "--case", "one-group"
+    )
     assert wrong.returncode == 1, wrong.stdout + wrong.stderr
     assert "1 right, 1 wrong, 0 not supported" in wrong.stdout and "WRONG" in wrong.stdout
     again = next(line for line in wrong.stdout.splitlines() if line.startswith("again: "))
     spec = again.partition("--case ")[2].strip("'")
     assert judge_case(broken, spec, torch.float32).status == "wrong"
-    parallel = ["-n", "1"] if importlib.util.find_spec("xdist") else []         # it also arrives from a worker
+    parallel = (
+        ["-n", "1"] if importlib.util.find_spec("xdist") else []
+    )  # it also arrives from a worker
     right = command("--dtype", "float32", "--case", spec, *parallel)
     assert right.returncode == 0 and "1 right, 0 wrong" in right.stdout, right.stdout + right.stderr
     nothing = command("--kernel", ours + "nothing", "--dtype", "float32", "--case", "plain")
