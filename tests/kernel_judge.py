@@ -89,7 +89,8 @@ SIZES = {
     "chunk-128": dict(l=300, q=128, h=2, g=1, A=(0.01, 1.0), opts="initial_states final"),
     "chunk-256": dict(l=600, q=256, h=2, g=1, A=(0.01, 1.0), opts="initial_states final"),
     "tokens-1500": dict(l=1500, q=16, h=2, g=1, p=4, A=(0.01, 1.0), opts="initial_states final"),
-    "tokens-2100": dict(l=2100, q=256, h=2, g=1, p=3, n=4, A=(0.01, 1.0), opts="final"),
+    "tokens-2100": dict(l=2100, q=256, h=2, g=1, p=3, n=4, A=(0.01, 1.0),
+                        opts="seq_idx=700,1500 final"),
     "headdim-d_state-64": dict(l=70, q=32, h=4, p=64, n=64, opts="initial_states final"),
     "headdim-64-d_state-128": dict(
         b=2, l=70, q=64, h=2, g=1, p=64, n=128, opts="initial_states final"
@@ -167,7 +168,9 @@ LAYOUTS = {
     ),
     "layout-channel-first": dict(b=2, opts="layout=channel-first z D initial_states final"),
     "layout-offset": dict(b=2, opts="layout=offset z dt_bias initial_states final"),
-    "layout-expanded": dict(b=3, opts="layout=expanded z initial_states final"),
+    "layout-expanded": dict(
+        b=3, opts="layout=expanded seq_idx=10 z initial_states final"
+    ),
     "layout-expanded-heads": dict(b=2, opts="layout=expanded-heads dt_bias final"),
     "dy-expanded": dict(b=2, opts="dy=expanded final"),
     "dy-channel-first": dict(b=2, opts="dy=channel-first z D final"),
@@ -616,6 +619,9 @@ def finished(t, kw, d, case, opts, dtype, single, device):
         inputs.free["dA"] = None
     if "layout" in opts:
         arrange(inputs, opts["layout"])
+    if opts.get("dy") == "expanded" and "final_states" in d:
+        state = d["final_states"]
+        d["final_states"] = state[:1, :1, :1, :1].expand_as(state)
     if opts.get("dy") == "expanded":  # what y.sum().backward() sends
         d["y"] = d["y"].flatten()[:1].view([1] * d["y"].dim()).expand_as(d["y"])
     elif opts.get("dy") == "channel-first":
@@ -665,6 +671,7 @@ def arrange(inputs, layout):
     elif layout == "expanded":
         rows = [*tokens, "initial_states"]
         t.update({k: v[:1].expand_as(v) for k, v in t.items() if k in rows})
+        kw.update({k: v[:1].expand_as(v) for k, v in kw.items() if k == "seq_idx"})
     elif layout == "expanded-heads":
         t.update({k: t[k][:1].expand_as(t[k]) for k in ("A", "dt_bias") if k in t})
     else:  # slices of one wide projection
@@ -960,11 +967,11 @@ class Signature:
     lift: callable
     grads: bool = True
 
-    @functools.cached_property
+    @property
     def cases(self):
         return {name: case for cases in self.kinds.values() for name, case in cases.items()}
 
-    @functools.cached_property
+    @property
     def kind_of(self):
         return {name: kind for kind, cases in self.kinds.items() for name in cases}
 
@@ -1225,6 +1232,7 @@ def sealed_cache(size=400):
             while len(kept) > size:
                 kept.popitem(last=False)
         return torch.load(io.BytesIO(kept[key]))
+    truth.forget = kept.clear
     return truth
 
 
@@ -1532,11 +1540,25 @@ class Calls:
 
     def no_grad(self):
         with torch.no_grad():
-            return self.plain("under torch.no_grad", False)
+            results = self.plain("under torch.no_grad", False)
+            results += self.needing("under torch.no_grad, where inputs need a gradient")
+        return results + self.plain("where no input needs a gradient", False)
+
+    def needing(self, label):
+        """Inputs that need a gradient, and no backward pass."""
+        inputs = self.make()
+        _, got = forward(self.function, inputs)
+        return [self.result(inputs, got, label)]
 
     def inference_mode(self):
-        with torch.inference_mode():
-            return self.plain("under torch.inference_mode", False)
+        results = []
+        for made_inside in (True, False):
+            inputs = None if made_inside else self.make()
+            with torch.inference_mode():
+                inputs = inputs or self.make()
+                got = run(self.function, inputs, False, self.watched)
+            results.append(self.result(inputs, got, "under torch.inference_mode"))
+        return results
 
     def one_gradient(self):
         results = []
@@ -3124,6 +3146,7 @@ def judge(
     plan.sort(key=lambda pair: is_large(parse(pair[0], settings.signature)[1]))
     fresh = int.from_bytes(os.urandom(3)) if seed is None else int(seed)
     outcomes, left_out = [], ""
+    truth.forget()
     for i, (spec, dtype) in enumerate(plan):
         way = options_of(parse(spec, settings.signature)[1]).get("call")
         with_seed = settings.but(
@@ -3168,6 +3191,8 @@ def enough(outcomes, rest, settings):
     right = sum(o.status == "right" for o in outcomes)
     if wrong >= 12 and not right:
         return f"stopped after {len(outcomes)} cases, none right: {len(rest)} cases were left out"
+    if wrong >= 30 and wrong > 4 * right:
+        return f"stopped after {len(outcomes)} cases, {right} right: {len(rest)} cases were left out"
     if wrong >= 24 and is_large(parse(rest[0][0], settings.signature)[1]):
         return f"{len(rest)} large cases were left out: {wrong} small ones are wrong already"
     if outcomes[-1].status == "wrong" and "CUDA error" in outcomes[-1].why:
