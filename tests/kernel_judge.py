@@ -406,6 +406,7 @@ LAYER = {
     "sizes": {"headdim-64-d_state-128": dict(l=40, q=32, h=2, p=64, g=1, n=128, w=4, opts=""),
               "heads-24": dict(h=24, g=1, p=4, w=4, opts="")},
 }
+LAYER = {kind: {name: {"m": 0} | case for name, case in cases.items()} for kind, cases in LAYER.items()}
 # What official kernels define and others need not: judged, and called lacking, not wrong, unless
 # required.
 OPTIONAL = {"seq_idx-padding", "empty"}
@@ -1072,11 +1073,11 @@ def sizes_of_layer(t):
 
 
 def call_layer(kernel, t, kw, q):
-    """kernel: a class or function that builds the module from its sizes, or a module."""
+    """kernel watches a class or function that builds the module from its sizes, or a module."""
     d_model, inner, h, w = sizes_of_layer(t)
     convolved = t["conv1d__weight"].shape[0]
-    module = kernel
-    if not isinstance(getattr(kernel, "judged", kernel), torch.nn.Module):
+    module = kernel.kernel
+    if not isinstance(module, torch.nn.Module):
         n = kw.get("d_state")
         module = kernel(
             d_model=d_model,
@@ -1096,7 +1097,7 @@ def call_layer(kernel, t, kw, q):
         wrong = sorted({k for k in known.keys() ^ named.keys()}
                        or {k for k in known if known[k].shape != named[k].shape})
         raise Wrong(f"parameters differ from Mamba2's in name or shape: {', '.join(wrong)}")
-    y = torch.func.functional_call(module, named, (t["u"],))
+    y = kernel.run(torch.func.functional_call, module, named, (t["u"],))
     return {"y": y[0] if isinstance(y, tuple) else y}
 
 
@@ -1280,7 +1281,6 @@ class Watch:
         self.kernel, self.settings = kernel, settings
         self.handed_on, self.reached, self.forward = None, None, False
         self.depth = 0
-        self.judged = kernel                        # for call_layer, which asks what it is
         # What it always applies it need not take as an argument.
         always = {"final": "return_final_states"}
         self.implied = [name for name in (always.get(word, word) for word in settings.always)
@@ -1290,8 +1290,6 @@ class Watch:
         self.forward = True
         out = self.run(self.kernel, *args, **kwargs)
         self.forward = False
-        if isinstance(out, torch.nn.Module):
-            out.forward = functools.partial(self.run, out.forward)
         return out
 
     def run(self, function, *args, **kwargs):
@@ -2006,6 +2004,8 @@ def shrink(kernel, spec, dtype, seconds, settings=Settings()):
         moves += [dict(q=q, l=l) for q in (case["q"], 2, 4, 8)
                   for l in (1, 2, q - 1, q, q + 1, 2 * q + 1, case["l"] // 2)]
         moves += [dict(p=case["p"] // 2), dict(n=case["n"] // 2), dict(l=case["l"] - 1)]
+        if isinstance(kernel, torch.nn.Module):  # its sizes are what they are
+            moves = [move for move in moves if not set(move) & set("hpgn")]
         for move in moves:
             smaller = case | move
             if time.monotonic() > end:
@@ -2441,7 +2441,8 @@ def explain(kernel, outcome, settings, deadline=INF):
     elif outputs_wrong == ["final_states"] and outcome.over.get("y", 0) <= 1:
         partial = ", and the length is no multiple of the chunk" if case["l"] % case["q"] else ""
         hints.append(f"y is right, final_states are not{partial}")
-    hints += [hint for name in wrong[:3] for hint in pattern(name, outcome, settings)]
+    if not (hints and outputs_wrong):  # a known mistake says more than where it shows
+        hints += [hint for name in wrong[:3] for hint in pattern(name, outcome, settings)]
     return list(dict.fromkeys(filter(None, hints)))
 
 
