@@ -1315,7 +1315,7 @@ class Watch:
             if owner == "the judge":
                 if code not in ALLOWED:
                     self.reached = self.reached or f"{code.co_name} of the judge"
-            elif owner and not self.handed_on:
+            elif owner and not self.handed_on and not imports(frame):
                 self.handed_on = f"{owner}: {code.co_name}"
             elif code in LOOKING and is_kernels_own(frame.f_back, self.kernel):
                 self.reached = self.reached or f"inspect.{code.co_name}"
@@ -1328,6 +1328,15 @@ class Watch:
 
 
 ALLOWED = {inspect.unwrap(Poison.__torch_dispatch__).__code__}
+def imports(frame):
+    """Does the frame belong to an import, which runs a reference's file without handing on?"""
+    while frame is not None and owner_of(frame.f_code.co_filename) != "the judge":
+        if frame.f_code.co_name == "<module>":
+            return True
+        frame = frame.f_back
+    return False
+
+
 LOOKING = {inspect.stack.__code__, inspect.currentframe.__code__, inspect.getouterframes.__code__,
            inspect.trace.__code__}
 LOOKING_IN_C = {id(f) for f in (gc.get_objects, gc.get_referrers, gc.get_referents, sys._getframe,
