@@ -406,7 +406,9 @@ LAYER = {
     "sizes": {"headdim-64-d_state-128": dict(l=40, q=32, h=2, p=64, g=1, n=128, w=4, opts=""),
               "heads-24": dict(h=24, g=1, p=4, w=4, opts="")},
 }
-LAYER = {kind: {name: {"m": 0} | case for name, case in cases.items()} for kind, cases in LAYER.items()}
+for features in LAYER.values():
+    for feature in features:
+        features[feature] = {"m": 0} | features[feature]
 # What official kernels define and others need not: judged, and called lacking, not wrong, unless
 # required.
 OPTIONAL = {"seq_idx-padding", "empty"}
@@ -3202,7 +3204,7 @@ def enough(outcomes, rest, settings):
     if wrong >= 12 and not right:
         return f"stopped after {len(outcomes)} cases, none right: {len(rest)} cases were left out"
     if wrong >= 30 and wrong > 4 * right:
-        return f"stopped after {len(outcomes)} cases, {right} right: {len(rest)} cases were left out"
+        return f"stopped after {len(outcomes)} cases, {right} right: {len(rest)} were left out"
     if wrong >= 24 and is_large(parse(rest[0][0], settings.signature)[1]):
         return f"{len(rest)} large cases were left out: {wrong} small ones are wrong already"
     if outcomes[-1].status == "wrong" and "CUDA error" in outcomes[-1].why:

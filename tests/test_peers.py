@@ -116,13 +116,14 @@ def test_the_judge_accepts_the_official_step(case, dtype):
 
 
 def test_finding_the_official_step_needs_a_bias():
-    """2.3.2.post1: with arguments expanded over headdim it asks for dt_bias.stride, also of None."""
+    """With arguments expanded over headdim it asks for the strides of dt_bias, also of None."""
     kernel = peer("official_step")
     if peers.versions()["mamba-ssm"] != "2.3.2.post1":
         pytest.skip("seen in mamba-ssm 2.3.2.post1: look again")
     settings = Settings(SIGNATURES["step"], allow_delegation=True)
     outcome = judge_case(kernel, "plain:b=1,l=1", torch.float32, settings)
-    assert outcome.status == "wrong" and "'NoneType' object has no attribute 'stride'" in outcome.why
+    assert outcome.status == "wrong"
+    assert "'NoneType' object has no attribute 'stride'" in outcome.why
 
 
 @pytest.mark.parametrize("case, version", FINDINGS)
