@@ -109,7 +109,7 @@ def test_the_official_kernels_return_states_of_packed_sequences_and_take_none():
 
 
 @pytest.mark.parametrize("case, dtype", [
-    ("all:b=1,l=3", "float32"), ("dt_softplus-wide:l=3", "bfloat16")])
+    ("all:b=1,l=3", "float32"), ("all:b=1,l=3,opts=D+dt_bias", "bfloat16")])
 def test_the_judge_accepts_the_official_step(case, dtype):
     settings = Settings(SIGNATURES["step"], allow_delegation=True)
     assert accept(peer("official_step"), case, dtype, settings)
