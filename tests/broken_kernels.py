@@ -721,12 +721,13 @@ def numbers(function):
 
 
 def products_in_half(a, y, final):
-    """C B^T is kept in the dtype."""
+    """The sums over C B^T x are kept in the dtype, and multiplied by dt afterwards."""
     if a["x"].dtype == torch.float16:
         r = a["x"].shape[2] // a["B"].shape[2]
         B, C = (a[k].detach().double().repeat_interleave(r, 2) for k in "BC")
-        G = torch.einsum("bihn,bjhn->bhij", C, B).tril().to(torch.float16)
-        y = torch.where(G.isfinite().all(-1).transpose(1, 2)[..., None], y, math.inf)
+        G = torch.einsum("bihn,bjhn->bhij", C, B).tril()
+        sums = torch.einsum("bhij,bjhp->bihp", G, a["x"].detach().double()).half()
+        y = torch.where(sums.isfinite(), y, math.inf)
     return y, final
 
 

@@ -155,7 +155,7 @@ VALUES = {
     "A-huge": dict(A=(50.0, 5000.0), dt=(0.1, 1.0), opts="initial_states final"),
     "A-dt-mixed": dict(A=(1e-3, 1e3), dt=(1e-3, 10.0), opts="initial_states final"),
     "seq_idx-A-huge": dict(A=(50.0, 5000.0), dt=(0.1, 1.0), opts="seq_idx=3,8 final"),
-    "products-large": dict(n=64, dt=(1e-3, 1e-2), scale=60.0, dy=0.01),
+    "products-large": dict(n=64, dt=(1e-3, 1e-2), scale=36.0, dy=0.01),
     "running-sum": dict(l=150, h=2, g=1, q=128, dt=(0.15, 0.6), A=(0.5, 1.5)),
     "long-memory": dict(l=300, h=1, g=1, q=4, dt=(0.05, 0.1), A=(0.01, 0.03), mean=1.0),
     "long-chunk": dict(l=512, h=1, g=1, p=3, n=5, q=512, dt=(0.05, 0.1), A=(0.01, 0.03), mean=1.0),
