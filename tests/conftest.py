@@ -1,4 +1,4 @@
-"""Options of the kernel judge (tests/test_kernel.py), its table at the end of the run, and the root on sys.path."""
+"""Options of the kernel judge (tests/test_kernel.py), its verdict, and the root on sys.path."""
 import os
 import signal
 import subprocess
@@ -35,25 +35,39 @@ def no_process_outlives_its_test():
 
 def pytest_addoption(parser):
     group = parser.getgroup("kernel", "the judge of Mamba2 kernels, tests/test_kernel.py")
-    group.addoption("--kernel", default="tests.test_kernel:chunked", metavar="MODULE:FUNCTION",
-                    help="function with the signature of mamba_chunk_scan_combined; default: our own ssd_chunked")
-    group.addoption("--device", default="cpu", help="where the kernel runs: cpu, cuda, mps, ...")
-    group.addoption("--dtype", default="float64,float32,bfloat16,float16", help="dtypes to judge, comma-separated")
-    group.addoption("--tf32", action="store_true", help="admit products in tf32 for float32 inputs")
-    group.addoption("--require", default="", metavar="FEATURES",
-                    help="features (or dtypes) that must be supported, comma-separated, or all")
-    group.addoption("--case", default="", metavar="FEATURE[:l=17,...]", help="judge this one case, as a verdict prints it")
+    add = group.addoption
+    add("--kernel", default="", metavar="MODULE:FUNCTION",
+        help="the kernel; default: our own ssd_chunked")
+    add("--signature", default="scan", help="scan, varlen, step, bidirectional or layer")
+    add("--device", default="cpu", help="where the kernel runs: cpu, cuda, mps, ...")
+    add("--dtype", default="float64,float32,bfloat16,float16",
+        help="dtypes to judge, comma-separated")
+    add("--tf32", action="store_true", help="admit products in tf32 for float32 inputs")
+    add("--require", default="", metavar="FEATURES",
+        help="features (or dtypes) that must be supported, comma-separated, or all")
+    add("--case", action="append", default=[], metavar="FEATURE[:l=17,...]",
+        help="judge this one case, as a verdict prints it; may be given several times")
+    add("--shape", default="", metavar="headdim=64,d_state=128,chunk=256",
+        help="sizes that the kernel is restricted to")
+    add("--always", default="", metavar="dt_softplus,dt_bias",
+        help="options that the kernel always applies")
+    add("--forward-only", action="store_true", help="the kernel has no backward pass")
+    add("--compiles", action="store_true", help="judge the kernel under torch.compile as well")
+    add("--allow-delegation", action="store_true",
+        help="the kernel may hand the call on to a reference")
+    add("--thorough", action="store_true",
+        help="larger models and longer rows: minutes, not one minute")
+    add("--seed", type=int, default=None, help="of the fresh values, as a verdict prints it")
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    # The rows travel on the reports, so that they also arrive from the workers of pytest-xdist.
-    rows = [row for reports in terminalreporter.stats.values() for report in reports
-            for key, row in getattr(report, "user_properties", ()) if key == "verdict" and report.when == "call"]
-    if rows:
-        from test_kernel import table
-        terminalreporter.section(f"verdict on {config.getoption('kernel')}")
-        for line in table(rows):
-            terminalreporter.write_line(line)
+def pytest_terminal_summary(terminalreporter):
+    # The verdict travels on the report, so that it also arrives from a worker of pytest-xdist.
+    for reports in list(terminalreporter.stats.values()):
+        for report in reports:
+            for key, text in getattr(report, "user_properties", ()):
+                if key == "verdict" and report.when == "call" and report.passed:
+                    terminalreporter.section("verdict")
+                    terminalreporter.write_line(text)
 
 
 def pytest_configure(config):

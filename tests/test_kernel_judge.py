@@ -1,269 +1,453 @@
-"""
-Proof of the judge: kernels broken on purpose are caught and the fault is named; right kernels pass.
+"""Proof of the judge: kernels broken on purpose are caught and the fault is named; right kernels
+pass.
 
-`kernel` is a right chunked scan of some fifty lines, and each entry of FAULTS is one line of it done wrong: the
-faults that real kernels had, and those that one fears. Of each it is asked that it is caught, by the case and in the
-dtype named, with a hint that says what is wrong.
+The broken kernels stand in broken_kernels.py, by kind. Of each it is asked that the right scan
+passes the case named and that the broken one fails it, with a hint that says what is wrong. Each
+runs that case alone.
 """
+import functools
 import importlib.util
-import itertools
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import broken_kernels
 import mamba2_ref
-from test_kernel import CASES, DTYPES, chunked, explain, judge, parse, report, shrink
+from kernel_judge import (
+    DTYPES, SIGNATURES, Settings, explain, judge, judge_case, parse, report, shrink, spell)
 
 ROOT = Path(__file__).resolve().parent.parent
+PLAIN = Settings(compile_backend="aot_eager")
+scan = broken_kernels.scan
 
-# fault: (case that must catch it, dtype, what the hints or the verdict must say)
-FAULTS = {
-    # seen in real kernels
-    "exp before the mask": ("A-huge", "float32", "mask before exp"),
-    "gradient of dt A wrong from the second tile on": ("large-tiles", "float32", "the gradient of the running sum of dt A"),
-    "y wrong from headdim 32 on": ("large-tiles", "float32", "only for headdim 32 and beyond"),
-    "one gradient too few": ("plain", "float32", "backward must return one value per argument"),
-    "D skipped": ("D", "float32", "D x is left out"),
-    "final state of the last full chunk": ("final_states", "float32", "the length is no multiple of the chunk"),
-    "groups in turn": ("plain", "float32", "heads take their groups in turn"),
-    "leak inside a chunk": ("seq_idx-before-chunk", "float32", "leaks over borders inside a chunk"),
-    "leak between chunks": ("seq_idx-at-chunk", "float32", "leaks over borders that lie between two chunks"),
-    "running sum in half": ("running-sum", "bfloat16", "its error grows along the chunk: the running sum"),
-    "refuses lengths": ("chunk-plus-1", "float32", "refuses a length that is no multiple of the chunk"),
-    # precision
-    "state in half": ("long-memory", "bfloat16", "too little precision"),
-    "products summed in half": ("long-chunk", "bfloat16", "too little precision"),
-    "products in tf32": ("plain", "float32", "--tf32 admits"),
-    "final state returned in half": ("final_states", "bfloat16", "final_states is torch.bfloat16, not torch.float32"),
-    # forward
-    "gate before D": ("z+D", "float32", "the gate is applied before D x is added"),
-    "bias after softplus": ("dt_softplus-wide", "float32", "dt_bias is added after softplus"),
-    "clamp before softplus": ("all", "float32", "dt is clamped before softplus"),
-    "initial state ignored": ("initial_states", "float32", "initial_states are ignored"),
-    "no state between chunks": ("two-chunks", "float32", "no state passes from chunk to chunk"),
-    "decay of the state ignores the token's own step": ("two-chunks", "float32", "y: only from the second chunk on"),
-    "batch row 0 for B": ("plain", "float32", "only for batch 1"),
-    "diagonal missing": ("plain", "float32", "a token does not see itself"),
-    "last chunk never written": ("chunk-plus-1", "float32", "never written"),
-    "final state transposed": ("final_states", "float32", "final_states are written transposed"),
-    "strides of x ignored": ("views", "float32", "wrong for inputs with odd strides"),
-    # backward
-    "final state detached": ("both-states", "float32", "the gradient of the final states is dropped"),
-    "states detached": ("two-chunks", "float32", "before the last chunk"),
-    "dt detached from dt x": ("plain", "float32", "only ddt is wrong"),
-    "dB of one head per group": ("plain", "float32", "only dB is wrong"),
-    "dA of the first batch row": ("plain", "float32", "only dA is wrong"),
-    "dz twice": ("z", "float32", "dz is off by the factor 2"),
-    "dD zero": ("D", "float32", "dD is zero throughout"),
-    "x without gradient": ("plain", "float32", "dx is zero throughout, or None"),
-    "dy taken as contiguous": ("dy-expanded", "float32", "a gradient of y with stride 0"),
-    # manners
-    "writes into dt": ("dt_limit", "float32", "writes into its inputs"),
-    "a race": ("repeats", "float32", "repeats differ"),
+
+def said(kernel, case, dtype, settings=PLAIN):
+    """Judge a broken kernel; everything that the verdict says of it."""
+    outcome = judge_case(kernel, case, DTYPES[dtype], settings)
+    assert outcome.status == "wrong", outcome
+    return "\n".join(
+        [outcome.why, outcome.where, outcome.note, *explain(kernel, outcome, settings)]
+    )
+
+
+def is_right(kernel, case, dtype="float32", settings=PLAIN):
+    outcome = judge_case(kernel, case, DTYPES[dtype], settings)
+    assert outcome.status == "right", (case, dtype, outcome)
+    return outcome
+
+
+# --- Broken kernels are caught --------------------------------------------------------------------
+
+LISTS = {
+    "mathematics": {
+        fault: (scan(fault), *rest) for fault, rest in broken_kernels.MATHEMATICS.items()
+    },
+    "sizes": broken_kernels.SIZES,
+    "layouts": broken_kernels.LAYOUTS,
+    "calls": broken_kernels.CALLS,
+    "values": broken_kernels.VALUES,
 }
+BROKEN = [(kind, fault) for kind, faults in LISTS.items() for fault in faults]
 
 
-class Bend(torch.autograd.Function):
-    """The identity, with a gradient that is bent."""
+@functools.cache
+def the_right_scan_passes(case, dtype):
+    return is_right(scan(), case, dtype)
+
+
+@pytest.mark.parametrize("kind, fault", BROKEN)
+def test_a_broken_kernel_is_caught_and_its_fault_named(kind, fault):
+    kernel, case, dtype, says = LISTS[kind][fault]
+    the_right_scan_passes(case, dtype)
+    text = said(kernel, case, dtype)
+    assert says in text, text
+
+
+@pytest.mark.parametrize("fault", broken_kernels.STATE)
+def test_a_kernel_that_keeps_state_is_caught(fault):
+    make, case, dtype, says = broken_kernels.STATE[fault]
+    the_right_scan_passes(case, dtype)
+    text = said(make(), case, dtype)
+    assert says in text, text
+
+
+@pytest.mark.parametrize("fault", broken_kernels.CHEATS)
+def test_a_kernel_that_cheats_is_caught(fault):
+    make, case, says = broken_kernels.CHEATS[fault]
+    with broken_kernels.everything_put_back():
+        text = said(make(), case, "float32")
+    assert says in text, text
+    is_right(scan(), case)                              # the judge is as it was
+
+
+@pytest.mark.parametrize("name", ["varlen", "step", "bidirectional", "layer"])
+def test_broken_kernels_of_the_other_signatures_are_caught(name):
+    settings = Settings(SIGNATURES[name])
+    right, faults = broken_kernels.OTHERS[name]
+    for fault, (kernel, case, says) in faults.items():
+        is_right(right, case, settings=settings)
+        text = said(kernel, case, "float32", settings)
+        assert says in text, (fault, text)
+
+
+def test_each_kind_has_three_broken_kernels():
+    for faults in (*LISTS.values(), broken_kernels.STATE, broken_kernels.CHEATS):
+        assert len(faults) >= 3
+    assert all(len(faults) >= 3 for _, faults in broken_kernels.OTHERS.values())
+
+
+# --- Sound kernels are accepted -------------------------------------------------------------------
+
+
+def form(name):
+    function = getattr(mamba2_ref, name)
+    if name.startswith("ssd_chunked"):
+        return function
+    return lambda x, dt, A, B, C, chunk_size, **kw: function(x, dt, A, B, C, **kw)
+
+
+def in_log_space(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None,
+                 dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False):
+    """A scan by doubling: pairs (log decay, state) are combined over distances 1, 2, 4, ..."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    r = x.shape[2] // B.shape[2]
+    step = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias
+    step = (F.softplus(step) if dt_softplus else step).clamp(*dt_limit)
+    log = step * A                                                              # (b, l, h)
+    Bs, Cs = (t.to(wide).repeat_interleave(r, 2) for t in (B, C))
+    state = (step[..., None] * x.to(wide))[..., None] * Bs[:, :, :, None]       # (b, l, h, p, n)
+    if initial_states is not None:
+        first = state[:, :1] + log[:, :1, :, None, None].exp() * initial_states[:, None]
+        state = torch.cat([first, state[:, 1:]], 1)
+    distance = 1
+    while distance < x.shape[1]:
+        before = F.pad(state, (0, 0, 0, 0, 0, 0, distance, 0))[:, : x.shape[1]]
+        state = state + log[..., None, None].exp() * before
+        log = log + F.pad(log, (0, 0, distance, 0))[:, : x.shape[1]]
+        distance *= 2
+    y = (state * Cs[:, :, :, None]).sum(-1)
+    if D is not None:
+        y = y + x * (D if D.dim() == 2 else D[:, None])
+    if z is not None:
+        y = y * F.silu(z.to(wide))
+    return (y.to(x.dtype), state[:, -1]) if return_final_states else y.to(x.dtype)
+
+
+def with_other_strides(*args, **kwargs):
+    out = scan()(*args, **kwargs)
+    y = out[0] if isinstance(out, tuple) else out
+    y = y.transpose(1, 3).contiguous().transpose(1, 3)
+    return (y, out[1].mT.contiguous().mT) if isinstance(out, tuple) else y
+
+
+class Operand(torch.autograd.Function):
+    """Rounded to bfloat16 on both ways, as the operand of a product is."""
 
     @staticmethod
-    def forward(ctx, t, bend):
-        ctx.bend = bend
-        return t.clone()
+    def forward(ctx, t):
+        return t.bfloat16().to(t.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.bend(grad), None
+        return grad.bfloat16().to(grad.dtype)
 
 
-class TooFew(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dt):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
+def half_operands(x, dt, A, B, C, chunk_size, **kw):
+    """The operands of the products in bfloat16 once more, the sums in float32."""
+    if x.dtype == torch.bfloat16:
+        x, B, C = (Operand.apply(t) for t in (x, B, C))
+    return scan()(x, dt, A, B, C, chunk_size, **kw)
 
 
-def kernel(fault=None):
-    """A right chunked scan for fault=None, else one with that fault."""
-
-    calls = itertools.count()
-
-    def scan(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
-             dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False):
-        is_ = lambda *names: fault in names
-        b, l, h, p = x.shape
-        g, n = B.shape[2:]
-        half, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-        if is_("refuses lengths") and l % chunk_size:
-            raise ValueError(f"length {l} is not divisible by {chunk_size}")
-        if is_("strides of x ignored"):
-            x = x + (x.detach().as_strided(x.shape, (l * h * p, h * p, p, 1)) - x.detach())
-        if is_("writes into dt"):
-            dt.detach().clamp_(*dt_limit)
-        step, bias = dt.to(wide), 0 if dt_bias is None else dt_bias
-        step = step if is_("bias after softplus") else step + bias
-        step = step.clamp(*dt_limit) if is_("clamp before softplus") else step
-        step = F.softplus(step) if dt_softplus else step
-        step = step + bias if is_("bias after softplus") else step
-        step = step if is_("clamp before softplus") else step.clamp(*dt_limit)
-        heads = torch.arange(h)
-        heads = heads % g if is_("groups in turn") else heads // (h // g)
-        if is_("one gradient too few"):
-            x = TooFew.apply(x, dt)
-        skip, xs = x, x.to(wide)
-        Bs, Cs = B[:, :, heads].to(wide), C[:, :, heads].to(wide)                    # (b, l, h, n)
-        if is_("batch row 0 for B"):
-            Bs = Bs[:1].expand_as(Bs)
-        if is_("dB of one head per group"):
-            first = (torch.arange(h) % (h // g) == 0)[:, None]
-            Bs = torch.where(first, Bs, Bs.detach())
-        if is_("dA of the first batch row"):
-            a = step * torch.cat([A[None, None], A.detach()[None, None].expand(b - 1, 1, h)])
-        else:
-            a = step * A
-        values = xs * (step.detach() if is_("dt detached from dt x") else step)[..., None]
-        if is_("x without gradient"):
-            values, skip = values.detach() + 0 * step[..., None], x.detach()
-        if is_("products in tf32") and wide == torch.float32:
-            tf32 = lambda t: Bend.apply(t + ((t.detach().view(torch.int32) & -8192).view(torch.float32) - t.detach()), lambda d: d)
-            values, Bs, Cs = tf32(values), tf32(Bs), tf32(Cs)
-        packed = torch.zeros(b, l, dtype=torch.int64) if seq_idx is None else seq_idx.long()
-        if is_("leak inside a chunk"):
-            packed = packed[:, torch.arange(l) // chunk_size * chunk_size]
-        state = torch.zeros(b, h, p, n, dtype=wide) if initial_states is None or is_("initial state ignored") else initial_states
-        before, ys, full = packed[:, 0], [], state
-        for i in range(0, l, chunk_size):
-            c = slice(i, min(i + chunk_size, l))
-            s, sums = packed[:, c], a[:, c].cumsum(1)                                # (b, q), (b, q, h)
-            if is_("leak between chunks"):
-                before = s[:, 0]
-            if is_("running sum in half"):
-                total, parts = torch.zeros_like(sums[:, 0]), []
-                for k in range(sums.shape[1]):
-                    total = (total + a[:, i + k]).to(half).to(wide)
-                    parts.append(total)
-                sums = torch.stack(parts, 1)
-            if is_("gradient of dt A wrong from the second tile on"):
-                sums = Bend.apply(sums, lambda d: torch.cat([d[:, :32], d[:, 32:] * 0.5], 1))
-            same = (s[:, :, None] == s[:, None]).tril(-1 if is_("diagonal missing") else 0)[..., None]   # (b, i, j, 1)
-            exponent = sums[:, :, None] - sums[:, None]                              # (b, i, j, h)
-            if is_("exp before the mask"):
-                L = exponent.exp().masked_fill(~same, 0)
-            else:
-                L = exponent.masked_fill(~same, -math.inf).exp()
-            M = torch.einsum("bihn,bjhn->bijh", Cs[:, c], Bs[:, c]) * L
-            if is_("products summed in half"):
-                y = torch.zeros_like(values[:, c])
-                for j in range(y.shape[1]):
-                    y = (y + M[:, :, j, :, None] * values[:, i + j, None]).to(half).to(wide)
-            else:
-                y = torch.einsum("bijh,bjhp->bihp", M, values[:, c])
-            entering = torch.zeros_like(state) if is_("no state between chunks") and i else state
-            entering = entering.detach() if is_("states detached") and i else entering
-            into = sums - a[:, c] if is_("decay of the state ignores the token's own step") else sums
-            into = torch.where((s == before[:, None])[..., None], into.exp(), 0)     # (b, q, h)
-            y = y + into[..., None] * torch.einsum("bihn,bhpn->bihp", Cs[:, c], entering)
-            out = torch.where((s == s[:, -1:])[..., None], (sums[:, -1:] - sums).exp(), 0)
-            keep = torch.where((s[:, -1] == before)[:, None], sums[:, -1].exp(), 0)[..., None, None]
-            state = keep * state + torch.einsum("bjhn,bjhp->bhpn", Bs[:, c] * out[..., None], values[:, c])
-            state = state.to(half).to(wide) if is_("state in half") else state
-            full = state if (i + chunk_size) <= l else full
-            before = s[:, -1]
-            ys.append(y)
-        y = torch.cat(ys, 1)
-        if is_("y wrong from headdim 32 on"):
-            y = torch.cat([y[..., :32], y[..., 32:] * 1.01], -1)
-        if is_("last chunk never written"):
-            end = l // chunk_size * chunk_size
-            y = torch.cat([y[:, :end], torch.empty_like(y[:, end:])], 1)
-        gate = 1 if z is None else F.silu((Bend.apply(z, lambda d: 2 * d) if is_("dz twice") else z).to(wide))
-        if D is not None and not is_("D skipped"):
-            D = Bend.apply(D, lambda d: 0 * d) if is_("dD zero") else D
-            skip = skip * (D if D.dim() == 2 else D[:, None])
-            y = y * gate + skip if is_("gate before D") else (y + skip) * gate
-        elif z is not None:
-            y = y * gate
-        if is_("dy taken as contiguous"):
-            y = Bend.apply(y, lambda d: torch.cat([d[:, :1], 0 * d[:, 1:]], 1) if d.stride(1) == 0 else d)
-        if is_("a race"):
-            y = y * (1 + 1e-2 * next(calls))
-        final = full if is_("final state of the last full chunk") else state
-        final = final.mT.contiguous().view(final.shape) if is_("final state transposed") else final
-        final = final.to(half) if is_("final state returned in half") else final
-        final = final.detach() + 0 * dt.sum() if is_("final state detached") else final
-        return (y.to(half), final) if return_final_states else y.to(half)
-
-    return scan
+def with_atomics(x, dt, A, B, C, chunk_size, **kw):
+    """Sums in an order that differs from call to call."""
+    order = torch.randperm(B.shape[-1])
+    if kw.get("initial_states") is not None:
+        kw["initial_states"] = kw["initial_states"][..., order]
+    out = scan()(x, dt, A, B[..., order], C[..., order], chunk_size, **kw)
+    if not isinstance(out, tuple):
+        return out
+    return out[0], out[1][..., order.argsort()]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_kernel_is_caught_and_its_fault_named(fault):
-    case, dtype, says = FAULTS[fault]
-    assert judge(kernel(), case, DTYPES[dtype]).status == "right"
-    verdict = judge(kernel(fault), case, DTYPES[dtype])
-    assert verdict.status == "wrong"
-    said = [verdict.why, verdict.where, *explain(kernel(fault), case, DTYPES[dtype], verdict)]
-    assert says in "\n".join(said), said
+def for_powers_of_two(x, dt, A, B, C, chunk_size, **kw):
+    for name, size in (
+        ("headdim", x.shape[3]),
+        ("d_state", B.shape[3]),
+        ("chunk_size", chunk_size),
+    ):
+        if size & (size - 1) or size < 16:
+            raise ValueError(f"{name} must be a power of two and at least 16, got {size}")
+    return scan()(x, dt, A, B, C, chunk_size, **kw)
 
 
-def test_every_case_catches_or_passes_what_it_should():
-    """The right kernel passes every case in every dtype; so every refusal above is the fault's doing."""
-    for case in CASES:
-        for dtype in DTYPES.values():
-            verdict = judge(kernel(), case, dtype)
-            assert verdict.status == "right", (case, dtype, verdict.why, verdict.over)
+def forward_alone(*args, **kwargs):
+    with torch.no_grad():
+        return scan()(*args, **kwargs)
 
 
-@pytest.mark.parametrize("form", ["ssd_recurrent", "ssd_quadratic", "ssd_chunked_plain"])
-def test_our_other_forms_are_accepted(form):
-    function = getattr(mamba2_ref, form)
-    takes_chunk = form == "ssd_chunked_plain"
-    call = lambda x, dt, A, B, C, q, **kw: function(x, dt, A, B, C, **kw, **({"chunk_size": q} if takes_chunk else {}))
-    for case in CASES:
-        for dtype in (torch.float32, torch.bfloat16):
-            verdict = judge(call, case, dtype)
-            assert verdict.status == "right", (case, dtype, verdict.why, verdict.over)
+def with_softplus_and_bias(x, dt, A, B, C, chunk_size, dt_bias, **kw):
+    """No argument dt_softplus: it is always on."""
+    return scan()(x, dt, A, B, C, chunk_size, dt_bias=dt_bias, dt_softplus=True, **kw)
+
+
+SMALL = [
+    name
+    for kind in ("lengths", "options", "packed", "values")
+    for name in SIGNATURES["scan"].kinds[kind]
+]
+FEW = [
+    "plain",
+    "chunk-plus-1",
+    "all",
+    "seq_idx-before-chunk",
+    "A-dt-mixed",
+    "views",
+    "final-used-alone",
+    "fresh-values-all",
+    "repeats",
+]
+
+
+@pytest.mark.parametrize("name", ["ssd_recurrent", "ssd_quadratic", "ssd_chunked_plain"])
+def test_our_other_forms_are_accepted(name):
+    verdict = judge(form(name), dtypes="float32,bfloat16", cases=SMALL, allow_delegation=True)
+    assert verdict.ok and not verdict.of("not supported"), verdict
+
+
+def test_the_right_scan_is_accepted_in_every_small_case():
+    """So every refusal above is the fault's doing."""
+    kinds = [name for kind, cases in SIGNATURES["scan"].kinds.items() for name in cases
+             if kind not in ("sizes", "thorough") and not name.startswith("compile")]
+    verdict = judge(scan(), dtypes="float32", cases=kinds)
+    assert verdict.ok and not verdict.of("not supported"), verdict
+
+
+@pytest.mark.parametrize(
+    "kernel, dtypes, cases",
+    [
+        (
+            in_log_space,
+            "float64,float32,bfloat16",
+            [c for c in FEW if "seq_idx" not in c and c != "views"],
+        ),
+        (with_other_strides, "float32,float16", FEW),
+        (half_operands, "bfloat16", FEW),
+        (with_atomics, "float32,bfloat16", FEW),
+    ],
+)
+def test_a_sound_kernel_is_accepted(kernel, dtypes, cases):
+    verdict = judge(kernel, dtypes=dtypes, cases=cases)
+    assert verdict.ok and not verdict.of("not supported"), verdict
+
+
+def test_atomics_are_admitted_and_noted():
+    verdict = judge(with_atomics, dtypes="float32", cases="repeats")
+    assert verdict.ok and "repeats differ by rounding" in str(verdict), verdict
+
+
+def test_a_kernel_for_certain_shapes_is_judged_at_them():
+    away = judge(for_powers_of_two, dtypes="float32", cases=FEW)
+    assert not away.ok and not away.of("wrong") and "--shape" in str(away), away
+    at_home = judge(for_powers_of_two, dtypes="float32", cases=FEW,
+                    shape="headdim=16,d_state=32,chunk=16")
+    assert at_home.ok and not at_home.of("not supported"), at_home
+
+
+def test_a_kernel_without_a_backward_pass_has_a_verdict_of_its_own():
+    with_gradients = judge(forward_alone, dtypes="float32", cases=["plain", "all"])
+    assert not with_gradients.ok and "--forward-only" in str(with_gradients)
+    verdict = judge(
+        forward_alone, dtypes="float32", cases=["plain", "all", "views"], forward_only=True
+    )
+    assert verdict.ok and "forward only" in str(verdict), verdict
+
+
+def test_options_that_are_always_applied_are_admitted():
+    cases = ["plain", "D", "z", "final_states"]
+    assert not judge(with_softplus_and_bias, dtypes="float32", cases=cases).ok
+    verdict = judge(
+        with_softplus_and_bias, dtypes="float32", cases=cases, always="dt_softplus,dt_bias"
+    )
+    assert verdict.ok and len(verdict.of("right")) == 4, verdict
 
 
 def test_tf32_products_are_admitted_only_when_asked_for():
-    assert judge(kernel("products in tf32"), "plain", torch.float32).status == "wrong"
-    assert judge(kernel("products in tf32"), "plain", torch.float32, tf32=True).status == "right"
-    assert judge(kernel("groups in turn"), "plain", torch.float32, tf32=True).status == "wrong"
+    in_tf32 = scan("products in tf32")
+    assert judge_case(in_tf32, "plain", torch.float32).status == "wrong"
+    assert judge_case(in_tf32, "plain", torch.float32, Settings(tf32=True)).status == "right"
+    assert (
+        judge_case(scan("groups in turn"), "plain", torch.float32, Settings(tf32=True)).status
+        == "wrong"
+    )
 
 
-def test_what_is_lacking_is_not_called_wrong():
-    def lacks_z(*args, z=None, **kw):
+def test_delegation_is_admitted_only_when_asked_for():
+    assert not judge(mamba2_ref.ssd_chunked, dtypes="float32", cases="plain").ok
+    assert judge(mamba2_ref.ssd_chunked, dtypes="float32", cases="plain", allow_delegation=True).ok
+
+
+def raising(error, backward=False):
+    """The right scan, but with z it raises `error`."""
+    def kernel(x, dt, A, B, C, chunk_size, z=None, **kw):
         if z is not None:
-            raise NotImplementedError("no z")
-        return chunked(*args, **kw)
+            raise error
+        return scan()(x, dt, A, B, C, chunk_size, **kw)
+    return kernel
 
-    def no_backward(*args, **kw):
-        class Forward(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x, out):
-                return out.clone()
 
-            @staticmethod
-            def backward(ctx, grad):
-                raise NotImplementedError("backward")
-        return Forward.apply(args[0], chunked(*args, **kw).detach())
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotImplementedError("no z"),
+        ValueError("z is not supported"),
+        AssertionError("a gate is not implemented"),
+        RuntimeError("selective_scan only supports z of None"),
+        ValueError("headdim must be 64"),
+    ],
+)
+def test_what_is_said_to_be_lacking_is_not_called_wrong(error):
+    assert judge_case(raising(error), "z", torch.float32).status == "not supported"
+    assert judge_case(raising(error), "plain", torch.float32).status == "right"
 
-    def float32_inside(*args, **kw):
-        narrow = lambda v: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        return chunked(*map(narrow, args), **{k: narrow(v) for k, v in kw.items()}).double()
 
-    assert judge(lacks_z, "z", torch.float32).status == "not supported"
-    assert judge(lacks_z, "plain", torch.float32).status == "right"
-    assert judge(no_backward, "plain", torch.float32).status == "not supported"
-    assert judge(float32_inside, "plain", torch.float64).why == "takes float64 but computes in float32"
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("'NoneType' object is not iterable"),
+        AssertionError(),
+        KeyError("z"),
+        RuntimeError("shape '[2, 3]' is invalid for input of size 5"),
+    ],
+)
+def test_an_accident_is_called_wrong(error):
+    assert judge_case(raising(error), "z", torch.float32).status == "wrong"
+
+
+def test_a_type_error_counts_as_lacking_only_from_the_signature():
+    def no_z(x, dt, A, B, C, chunk_size, D=None, return_final_states=False):
+        return scan()(x, dt, A, B, C, chunk_size, D=D, return_final_states=return_final_states)
+
+    def passes_on(*args, **kwargs):
+        return no_z(*args, **kwargs)
+
+    def loses_z_inside(x, dt, A, B, C, chunk_size, z=None, **kw):
+        return no_z(x, dt, A, B, C, chunk_size, z=z, **kw)
+
+    assert judge_case(no_z, "z", torch.float32).status == "not supported"
+    assert judge_case(passes_on, "z", torch.float32).status == "not supported"
+    assert judge_case(loses_z_inside, "z", torch.float32).status == "wrong"
+
+
+def test_float64_computed_in_float32_is_lacking_not_wrong():
+    def narrow(v):
+        return v.float() if torch.is_tensor(v) and v.is_floating_point() else v
+
+    def kernel(*args, **kw):
+        return scan()(*map(narrow, args), **{k: narrow(v) for k, v in kw.items()}).double()
+
+    assert judge_case(kernel, "plain", torch.float64).why == "takes float64 but computes in float32"
+
+
+# --- What a verdict says --------------------------------------------------------------------------
+
+
+def nothing(*args, **kwargs):
+    raise NotImplementedError("nothing yet")
+
+
+def zeros(x, dt, A, B, C, chunk_size, **kw):
+    return x * 0
+
+
+def test_nothing_is_green_that_was_not_judged():
+    start = time.process_time()
+    verdict = judge(nothing)
+    assert (
+        not verdict.ok and "NOTHING JUDGED" in str(verdict) and "0 right, 0 wrong" in str(verdict)
+    )
+    assert time.process_time() - start < 60
+
+
+def test_a_kernel_that_fails_everywhere_takes_seconds():
+    start = time.process_time()
+    verdict = judge(zeros)
+    assert not verdict.ok and "were left out" in str(verdict), verdict
+    assert time.process_time() - start < 60
+
+
+def test_a_verdict_opens_with_a_summary_and_groups_its_causes():
+    verdict = judge(scan("groups in turn"), dtypes="float32,bfloat16",
+                    cases=["plain", "odd-sizes", "three-groups", "one-group", "D", "length-1"])
+    lines = str(verdict).splitlines()
+    assert (
+        "WRONG" in lines[0] and "2 right, 10 wrong, 0 not supported; features: 6 judged" in lines[1]
+    )
+    assert lines[3] == "1 cause:" and "heads take their groups in turn" in lines[4]
+    assert str(verdict).count("again: ") <= 3
+
+
+def test_required_features_must_be_supported():
+    lacks_z = raising(NotImplementedError("no z"))
+    assert judge(lacks_z, dtypes="float32", cases=["plain", "z"]).ok
+    for require in ("z", "all", "float32"):
+        assert not judge(lacks_z, dtypes="float32", cases=["plain", "z"], require=require).ok
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(cases="no-such-feature"),
+        dict(cases="plain:length=3"),
+        dict(cases="plain:l=0"),
+        dict(cases="plain:l=x"),
+        dict(cases="plain:opts=skip"),
+        dict(cases="plain:h=5"),
+        dict(cases="plain:l"),
+        dict(cases="plain:dt=3"),
+        dict(cases="plain:opts=seq_idx=x"),
+        dict(cases="plain:opts=call=twice"),
+        dict(dtypes="int8"),
+        dict(require="speed"),
+        dict(shape="width=3"),
+        dict(shape="headdim=0"),
+        dict(always="speed"),
+        dict(signature="attention"),
+    ],
+)
+def test_unknown_keys_and_bad_values_are_refused(options):
+    with pytest.raises(ValueError, match="--"):
+        judge(scan(), **options)
+
+
+def test_a_spec_is_read_back_as_it_is_spelled():
+    for signature in SIGNATURES.values():
+        for feature in signature.cases:
+            case = parse(feature, signature)[1]
+            changed = case | {"l": case["l"] + 1, "opts": case["opts"] + " z"}
+            assert parse(spell(feature, changed, signature), signature)[1] == changed
+
+
+def test_randomness_is_not_called_a_lack_of_precision():
+    def noisy(*args, **kw):
+        return scan()(*args, **kw) * (1 + 1e-3 * torch.rand(()))
+
+    text = said(noisy, "plain", "float32")
+    assert "not deterministic" in text and "precision" not in text
+
+
+def test_no_factor_of_one_and_no_zero_gradient_where_y_is_wrong():
+    def detached(x, dt, A, B, C, chunk_size, **kw):
+        return scan()(x, dt.detach(), A, B, C, chunk_size, **kw) * 1.01 + 0 * dt.sum()
+
+    text = said(detached, "plain", "float32")
+    assert "zero throughout" not in text and "off by the factor 1\n" not in text
 
 
 @pytest.mark.parametrize("fault, case, small", [
@@ -272,50 +456,116 @@ def test_what_is_lacking_is_not_called_wrong():
     ("y wrong from headdim 32 on", "large-tiles", dict(b=1, h=1, l=1, n=1, p=40)),
 ])
 def test_the_smallest_failing_case_is_small(fault, case, small):
-    spec = shrink(kernel(fault), case, torch.float32, seconds=20)
+    spec = shrink(scan(fault), case, torch.float32, seconds=20)
     found = parse(spec)[1]
     assert {k: found[k] for k in small} == small, spec
-    assert judge(kernel(fault), spec, torch.float32).status == "wrong"
+    assert judge_case(scan(fault), spec, torch.float32).status == "wrong"
 
 
 def test_the_report_says_where_and_how_to_see_it_again():
-    verdict = judge(kernel("groups in turn"), "plain", torch.float32)
-    text = report(kernel("groups in turn"), "plain", torch.float32, verdict, "package:kernel", seconds=5)
-    for part in ("x its tolerance", "hint: heads take their groups in turn", "smallest case: plain:",
-                 "first at batch 0, position 0 (chunk 0, place 0)", "--kernel package:kernel --dtype float32 --case 'plain:"):
+    outcome = judge_case(scan("groups in turn"), "plain", torch.float32)
+    hints = explain(scan("groups in turn"), outcome, Settings())
+    text = report(scan("groups in turn"), outcome, Settings(), "package:kernel", hints)
+    for part in (
+        "x its tolerance",
+        "hint: heads take their groups in turn",
+        "smallest case: plain:",
+        "first at batch 0, position 0 (chunk 0, place 0)",
+        "--kernel package:kernel --dtype float32 --case 'plain:",
+    ):
         assert part in text, text
 
 
+# --- Other signatures, other frameworks, the command ----------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["varlen", "step", "bidirectional", "layer"])
+def test_the_right_kernel_of_each_signature_is_accepted(name):
+    verdict = judge(broken_kernels.OTHERS[name][0], signature=name, dtypes="float32,bfloat16")
+    assert verdict.ok and not verdict.of("not supported"), verdict
+
+
+def test_a_module_is_judged_at_its_own_sizes():
+    module = broken_kernels.Layer(
+        d_model=12, d_state=5, d_conv=4, expand=2, headdim=8, ngroups=1, chunk_size=8
+    )
+    verdict = judge(module, signature="layer", dtypes="float32", cases=["plain", "fresh-values"])
+    assert verdict.ok and not verdict.of("not supported"), verdict
+
+
+def test_our_bidirectional_scan_is_accepted():
+    verdict = judge(mamba2_ref.ssd_bidirectional, signature="bidirectional", dtypes="float32",
+                    allow_delegation=True)
+    assert verdict.ok and not verdict.of("not supported"), verdict
+
+
+def in_numpy(x, dt, A, B, C, chunk_size, D=None):
+    """A kernel of another framework: arrays in, arrays out."""
+    import numpy as np
+    r, state, ys = x.shape[2] // B.shape[2], 0, []
+    dt = np.maximum(dt, 0)
+    for i in range(x.shape[1]):
+        b, c = (np.repeat(t[:, i], r, 1)[:, :, None] for t in (B, C))  # (b, h, 1, n)
+        state = (
+            np.exp(dt[:, i] * A)[..., None, None] * state
+            + (dt[:, i, :, None] * x[:, i])[..., None] * b
+        )
+        ys.append((state * c).sum(-1))
+    y = np.stack(ys, 1)
+    return y if D is None else y + x * D.reshape(len(A), -1)
+
+
+def test_arrays_come_in_through_an_adapter():
+    def adapter(*args, **kw):
+        array = lambda v: v.detach().numpy() if torch.is_tensor(v) else v
+        return torch.from_numpy(in_numpy(*map(array, args), **{k: array(v) for k, v in kw.items()}))
+
+    verdict = judge(
+        adapter,
+        dtypes="float64,float32",
+        forward_only=True,
+        cases=["plain", "D", "z", "dt-negative"],
+    )
+    assert len(verdict.of("right")) == 4 and len(verdict.of("not supported")) == 4, verdict
+
+
 # For the command line, which wants a name to import.
-broken = kernel("groups in turn")
+broken = scan("groups in turn")
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "pytest", "tests/test_kernel.py", "-p", "no:cacheprovider", *arguments],
-                          cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/test_kernel.py",
+            "-p",
+            "no:cacheprovider",
+            *arguments,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
-def test_exit_codes_and_table_of_the_command():
-    wrong = command("--kernel", "tests.test_kernel_judge:broken", "--dtype", "float32", "-k", "plain or D-headdim or one-group")
+def test_exit_codes_and_texts_of_the_command():
+    ours = "tests.test_kernel_judge:"
+    wrong = command(
+        "--kernel", ours + "broken", "--dtype", "float32", "--case", "plain", "--case", "one-group"
+    )
     assert wrong.returncode == 1, wrong.stdout + wrong.stderr
-    assert "1 right, 2 wrong, 0 not supported" in wrong.stdout and "WRONG" in wrong.stdout
+    assert "1 right, 1 wrong, 0 not supported" in wrong.stdout and "WRONG" in wrong.stdout
     again = next(line for line in wrong.stdout.splitlines() if line.startswith("again: "))
     spec = again.partition("--case ")[2].strip("'")
-    assert judge(broken, spec, torch.float32).status == "wrong"
-    parallel = ["-n", "1"] if importlib.util.find_spec("xdist") else []           # the table also arrives from a worker
+    assert judge_case(broken, spec, torch.float32).status == "wrong"
+    parallel = (
+        ["-n", "1"] if importlib.util.find_spec("xdist") else []
+    )  # it also arrives from a worker
     right = command("--dtype", "float32", "--case", spec, *parallel)
     assert right.returncode == 0 and "1 right, 0 wrong" in right.stdout, right.stdout + right.stderr
-
-
-if __name__ == "__main__":            # PYTHONPATH=. python tests/test_kernel_judge.py prints the table of the README
-    print(f"{'fault':50}{'case':22}{'dtype':10}{'right':>7}{'broken':>10}  first hint")
-    for fault, (case, dtype, _) in FAULTS.items():
-        right, wrong = (judge(kernel(f), case, DTYPES[dtype]) for f in (None, fault))
-        hint = ([wrong.why] if wrong.why else []) + explain(kernel(fault), case, DTYPES[dtype], wrong)
-        print(f"{fault:50}{case:22}{dtype:10}{right.worst:7.2f}{wrong.worst:10.3g}  {hint[0] if hint else ''}")
-    print("\nhalf precision, where it accumulates and where it only rounds: worst error over its tolerance")
-    for case in ("running-sum", "long-memory", "long-chunk"):
-        for dtype in ("bfloat16", "float16"):
-            worst = {f: judge(kernel(f), case, DTYPES[dtype]).worst
-                     for f in (None, "running sum in half", "state in half", "products summed in half")}
-            print(f"{case:14}{dtype:10}" + "  ".join(f"{f or 'right'}: {w:.3g}" for f, w in worst.items()))
+    nothing = command("--kernel", ours + "nothing", "--dtype", "float32", "--case", "plain")
+    assert nothing.returncode == 1 and "NOTHING JUDGED" in nothing.stdout
+    refused = command("--case", "plain:length=3")
+    assert refused.returncode == 4 and "no key 'length'" in refused.stdout + refused.stderr
