@@ -79,8 +79,14 @@ class LinGenConfig:
     backend: object = "auto"  # of the scan: "torch", "mamba_ssm", "auto" or a function
 
     def __post_init__(self):
-        for name in ("patch", "grid", "pool", "window"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, value in list(vars(self).items()):
+            if isinstance(value, list):  # as JSON has it
+                object.__setattr__(self, name, tuple(value))
+            least = 0 if name in ("grid", "vocab_size", "text_dim") or value is False else 1
+            sizes = value if isinstance(value, (tuple, list)) else (value,) * 3
+            right = len(sizes) == 3 and all(isinstance(n, (int, float)) and n >= least for n in sizes)
+            if name not in KNOWN and not right:
+                raise ValueError(f"{name} is {value!r}; expected sizes of at least {least}")
         for name, known in KNOWN.items():
             if getattr(self, name) not in known and not callable(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {', '.join(known)}")
@@ -311,10 +317,9 @@ def main():
         for mixer in ("mate", "attention"):
             config = preset(name, mixer=mixer, backend="torch")
             with torch.device("meta"), FlopCounterMode(display=False) as counter:
-                model = LinGen(config)
-                words = torch.zeros(1, 5, dtype=torch.long)
-                text = words if config.vocab_size else torch.empty(1, 5, config.text_dim)
-                model(torch.empty(1, config.channels, frames, side, side), torch.empty(1), text)
+                model, clip = LinGen(config), torch.empty(1, config.channels, frames, side, side)
+                text = torch.empty(1, 5, config.text_dim) if config.text_dim else torch.ones(1, 5)
+                model(clip, torch.empty(1), text if config.text_dim else text.long())
             tokens = frames * side * side // math.prod(config.patch)
             size = sum(p.numel() for p in model.parameters())
             flops = counter.get_total_flops() / 1e9

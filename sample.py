@@ -21,6 +21,7 @@ import os
 import re
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 try:
@@ -75,7 +76,9 @@ def encode(captions, vocabulary):
         words = re.findall(r"[^\s.,;:!?\"']+", caption.lower())
         if not words:
             raise ValueError('the caption is empty; try "a red circle moving right"')
-        for word in set(words) - set(number):
+        for word in words:
+            if word in number:
+                continue
             near = difflib.get_close_matches(word, number, n=1, cutoff=0.75)
             known = "; ".join(f"{kind}: {', '.join(vocabulary[kind])}" for kind in vocabulary)
             hint = f"did you mean {near[0]!r}?" if near else f"it knows {known}"
@@ -165,7 +168,8 @@ def load_checkpoint(path):
     data = Path(path).read_bytes()
     try:
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT:
+        broken = zipfile.ZipFile(io.BytesIO(data)).testzip()  # torch looks at no checksums
+        if broken or checkpoint["format"] != FORMAT:
             raise ValueError
     except Exception:  # a damaged file fails in many ways
         raise ValueError(f"{path} is damaged, or no checkpoint of this train_tiny.py") from None
@@ -182,6 +186,8 @@ def load_model(path, device="cpu", backend=None):
         config = lingen.LinGenConfig(**checkpoint["config"])
         config = dataclasses.replace(config, backend=backend or config.backend)
         weights = {name: value.float() for name, value in checkpoint["weights"].items()}
+        if config.depth > len(weights):
+            raise ValueError(f"its config has {config.depth} blocks")
         with torch.device("meta"):  # a first model, without memory: is it the one of these weights?
             lingen.LinGen(config).load_state_dict(weights, assign=True)
         if not all(value.isfinite().all() for value in weights.values()):
@@ -260,7 +266,7 @@ def read_settings(path):
     try:
         with Image.open(path) as image:
             return dict(json.loads(image.info.get("comment") or image.getexif().get(0x010E)))
-    except (TypeError, ValueError, Image.UnidentifiedImageError):
+    except (TypeError, ValueError, SyntaxError, Image.UnidentifiedImageError):
         raise ValueError(f"{path} holds no settings; a .gif, .webp or .png of ours does") from None
 
 
@@ -270,7 +276,8 @@ def choose_device(name=None):
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
     try:
-        return torch.zeros(1, device=name).device
+        torch.zeros(1, device=name).cpu()
+        return torch.device(name)
     except Exception:  # each kind of device has its own way of not being there
         raise ValueError(f"the device {name!r} is not available here; try --device cpu") from None
 
@@ -278,7 +285,11 @@ def choose_device(name=None):
 def run_command(name, command):
     """Run a command and exit; an expected error becomes one line, and exit code 1 or 2."""
     try:
-        sys.exit(command())
+        try:
+            code = command()
+        finally:
+            sys.stdout.flush()  # here, where it is noticed that the reader has gone
+        sys.exit(code)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except BrokenPipeError:  # whoever read our output has gone
@@ -296,11 +307,12 @@ def run_command(name, command):
 
 
 def output_paths(out, captions):
-    """Where each clip goes: the file --out, or for several captions GIFs in the folder --out."""
+    """Where each clip goes: the file --out, or for several captions files in the folder --out."""
     if len(captions) == 1 and out.suffix:
         return [out]
+    folder, ending = (out.with_suffix(""), out.suffix) if out.suffix else (out, ".gif")
     names = [re.sub(r"\W+", "-", caption)[:60] for caption in captions]
-    return [out.with_suffix("") / f"{i:03d}-{name}.gif" for i, name in enumerate(names)]
+    return [folder / f"{i:03d}-{name}{ending}" for i, name in enumerate(names)]
 
 
 def main():
@@ -325,7 +337,6 @@ def main():
     if args.out.suffix.lower() not in ("", *ENDINGS):
         parser.error(f"--out {args.out}: expected a folder, or an ending of {', '.join(ENDINGS)}")
     paths = output_paths(args.out, args.captions)
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("medium")  # products may use bfloat16 where it is fast
     model, checkpoint = load_model(args.checkpoint, choose_device(args.device), args.backend)
     given = {name: value for name, value in vars(args).items() if name in checkpoint["sampling"]}
@@ -335,6 +346,7 @@ def main():
             print(f"warning: {name} is {settings[name]}, the model was trained with "
                   f"{', '.join(map(str, known))}; quality may suffer", file=sys.stderr)  # fmt: skip
     text = encode(args.captions, checkpoint["vocabulary"])
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     solver = {name: settings[name] for name in SOLVER}
     shape = (settings["frames"], settings["height"], settings["width"])
     for i, (caption, path) in enumerate(zip(args.captions, paths)):

@@ -195,10 +195,10 @@ class Run:
         saved = checkpoint.get("training")
         if not saved:
             raise ValueError("it holds weights alone; resume from the file of --out")
-        theirs = {**saved["settings"], "config": checkpoint["config"]}
+        theirs = {**saved["settings"], **checkpoint["config"]}
         if saved["step"] == theirs["steps"]:  # a finished run may be made longer
             theirs["steps"] = max(theirs["steps"], self.settings["steps"])
-        ours = {**self.settings, "config": self.state()["config"]}
+        ours = {**self.settings, **self.state()["config"]}
         for name, value in ours.items():
             if theirs[name] != value:
                 raise ValueError(f"the run in --out has {name} {theirs[name]}, not {value}")
@@ -229,6 +229,7 @@ class Run:
 
 def write_checkpoint(path, state):
     """Save a dict of tensors and numbers in one move."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     sampler.replace_file(path, buffer.getvalue())
@@ -262,13 +263,12 @@ def train(args):
     run = Run(lingen.preset("tiny", **dict(args.set)), settings, device)
     if args.resume:
         run.restore(sampler.load_checkpoint(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
     variant = ", ".join(f"{name}={value}" for name, value in args.set) or "LinGen"
 
     asked = []  # Ctrl-C waits for the end of the step; a second one does not
 
     def ask_to_stop(number, frame):
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
 
@@ -331,6 +331,8 @@ def setting(text):
     """NAME=VALUE of --set -> (name, value)."""
     name, _, value = text.partition("=")
     fields = {field.name: field.default for field in dataclasses.fields(lingen.LinGenConfig)}
+    for fixed in ("channels", "vocab_size", "text_dim"):  # by the toy
+        del fields[fixed]
     try:
         value = ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -366,7 +368,9 @@ def main():
     if min(args.steps, args.captions) < 1 or args.seed < 0:
         parser.error("--steps and --captions are at least 1, --seed at least 0")
     torch.set_float32_matmul_precision("medium")  # products may use bfloat16 where it is fast
-    if args.evaluate:
+    if Path(args.out).suffix in (".gif", ".png"):
+        parser.error("--out is the checkpoint, as runs/tiny.pt; pictures are written beside it")
+    if args.evaluate is not None:
         return evaluate(args.evaluate, args.captions, args.seed, sampler.choose_device(args.device))
     return train(args)
 

@@ -66,7 +66,7 @@ def loss_curve(losses, title, size=(640, 360)):
             for x, y in line
         ]
         if len(scaled) == 1:
-            scaled.append((scaled[0][0] + 2, scaled[0][1]))
+            draw.circle(scaled[0], 3, fill=colour)
         draw.line(scaled, fill=colour, width=2)
         draw.text((right - 90, top + 6 + 14 * i), f"{frames} frames", fill=colour)
     out = io.BytesIO()
