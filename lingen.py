@@ -84,8 +84,8 @@ class LinGenConfig:
                 object.__setattr__(self, name, tuple(value))
             least = 0 if name in ("grid", "vocab_size", "text_dim") or value is False else 1
             sizes = value if isinstance(value, (tuple, list)) else (value,) * 3
-            right = len(sizes) == 3 and all(isinstance(n, (int, float)) and n >= least for n in sizes)
-            if name not in KNOWN and not right:
+            right = [isinstance(size, (int, float)) and size >= least for size in sizes]
+            if name not in KNOWN and right != [True] * 3:
                 raise ValueError(f"{name} is {value!r}; expected sizes of at least {least}")
         for name, known in KNOWN.items():
             if getattr(self, name) not in known and not callable(getattr(self, name)):

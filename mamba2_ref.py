@@ -132,6 +132,7 @@ def ssd_quadratic(x, dt, a, B, C, state, starts, Q):
 
 
 def masked_matrix(v, a, B, C, state):
+    """One chunk, or the whole sequence: the four steps of the chunked form."""
     v, a, B, C = (t.transpose(1, 2) for t in (v, a, B, C))                  # (b, h, l, .)
     L, decay = segment_sums(a).exp(), a.cumsum(-1).exp()[..., None]         # (b, h, l, l)
     # 1. What tokens read from each other. 2. What they add to the state, decayed to the end.

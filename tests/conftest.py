@@ -9,8 +9,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Without a GPU the peers' Triton kernels are interpreted. Triton asks once, when it is imported, and parts of torch
-    # import it: so this stands before any test.
+    # Without a GPU the peers' Triton kernels are interpreted. Triton asks when it is imported,
+    # and parts of torch import it: so this stands before any test.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -19,7 +19,7 @@ STARTED = []
 
 
 def popen(*args, **kwargs):
-    """subprocess.Popen for a process that its test ends; where the test fails before, `no_process_outlives_its_test` does."""
+    """subprocess.Popen for a process that its test ends, or else `no_process_outlives_its_test`."""
     STARTED.append(subprocess.Popen(*args, **kwargs))
     return STARTED[-1]
 
@@ -29,7 +29,7 @@ def no_process_outlives_its_test():
     yield
     while STARTED:
         process = STARTED.pop()
-        process.kill()                                              # no harm to one that has ended and been waited for
+        process.kill()  # no harm to one that has ended
         process.wait()
 
 
@@ -71,6 +71,6 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_configure(config):
-    """A shell that starts the tests in the background has them ignore Ctrl-C; the tests of Ctrl-C need it heard."""
+    """A shell that starts the tests in the background has them ignore Ctrl-C; hear it again."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,7 @@
 """The house rules: lessons are short and narrow, and imports go one way."""
 
 import ast
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LINES = dict(scan=110, mamba2_ref=430, tesa=170, lingen=330, sample=350, train_tiny=390)
-TOTAL, README, TESTS, COLUMNS = 1700, 250, 3000, 100
+LINES = dict(scan=110, mamba2_ref=430, tesa=165, lingen=330, sample=365, train_tiny=380)
+TOTAL, README, TESTS, COLUMNS = 1770, 250, 3000, 100
 LESSONS = list(LINES)  # in reading order
 PAPER = LESSONS[:4]  # the lessons that are the paper
 IMPORTS = dict(scan=[], mamba2_ref=[], tesa=[], lingen=LESSONS[:3], sample=PAPER)
@@ -62,9 +63,9 @@ def test_readme_keeps_to_its_lines():
 
 
 def test_tests_keep_to_their_lines():
-    """The judge of kernels and its broken kernels do not count."""
+    """The judge of kernels, its broken kernels and its adapters do not count."""
     lines = {path.name: count(path) for path in ROOT.glob("tests/*.py")}
-    total = sum(n for name, n in lines.items() if "kernel" not in name and "broken" not in name)
+    total = sum(n for name, n in lines.items() if not re.search("kernel|peers", name))
     assert total <= TESTS, f"tests have {total} lines, at most {TESTS}: {lines}"
 
 
