@@ -3,9 +3,9 @@
 This is the paper's model (LinGen, CVPR 2025, figs. 2 to 5): a DiT (Peebles and Xie 2022, arXiv
 2212.09748) in which MATE replaces self-attention. MATE adds the outputs of two branches:
 
-    MA-branch   bidirectional Mamba2 over the flattened grid, for short to long range. The order
-                changes from layer to layer (Rotary Major Scan, scan.py), and pooled *review tokens*
-                give an overview of the clip before the first real token.
+    MA-branch   bidirectional Mamba2 over the flattened grid, for interactions at any distance. The
+                order changes from layer to layer (Rotary Major Scan, scan.py). Average-pooled
+                *review tokens* stand before the clip in each direction.
     TE-branch   TEmporal Swin Attention in small windows (tesa.py), for what a 1-D scan separates.
 
     clip (b, c, frames, height, width) -> patches -> tokens (b, t, h, w, d) -> blocks -> clip
@@ -14,7 +14,7 @@ This is the paper's model (LinGen, CVPR 2025, figs. 2 to 5): a DiT (Peebles and 
              x = x + cross-attention(norm(x), caption)
              x = x + gate * feed-forward(modulated norm(x))
 
-The modulation is adaLN-Zero (DiT): timestep and caption give scale and shift of both norms, and the
+The modulation is adaLN-Zero (DiT): time and caption set scale and shift of both norms, and the
 gates, which start at 0.
 
 b batch; c channels; t, h, w the grid of tokens; d width; l = t*h*w tokens; n words of the caption.
@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mamba2_ref import BACKENDS, BidirectionalMamba2
 from scan import SCANS, to_grid, to_sequence
-from tesa import TemporalSwinAttention, attend, rotary, rotate
+from tesa import TemporalSwinAttention, rotary, rotate
 
 
 KNOWN = {  # the values of fields that name a choice
@@ -67,7 +67,7 @@ class LinGenConfig:
     tesa: bool = True  # the TE-branch
     review: bool = True  # review tokens
     scan: str = "rotary"  # Rotary Major Scan; or one order for all layers, or "zigzag"
-    pool: tuple = (2, 4, 4)  # tokens under one review token
+    pool: tuple = (2, 4, 4)  # tokens averaged into one review token
     window: tuple = (4, 3, 3)  # tokens of one TESA window
     # Mamba2.
     d_state: int = 32
@@ -82,13 +82,15 @@ class LinGenConfig:
         for name, value in list(vars(self).items()):
             if isinstance(value, list):  # as JSON has it
                 object.__setattr__(self, name, tuple(value))
-            least = 0 if name in ("grid", "vocab_size", "text_dim") or value is False else 1
+            may_be_zero = name in ("grid", "vocab_size", "text_dim", "depth") or value is False
+            least = 0 if may_be_zero else 1
             sizes = value if isinstance(value, (tuple, list)) else (value,) * 3
             right = [isinstance(size, (int, float)) and size >= least for size in sizes]
             if name not in KNOWN and right != [True] * 3:
                 raise ValueError(f"{name} is {value!r}; expected sizes of at least {least}")
         for name, known in KNOWN.items():
-            if getattr(self, name) not in known and not callable(getattr(self, name)):
+            function = name == "backend" and callable(self.backend)
+            if getattr(self, name) not in known and not function:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {', '.join(known)}")
         if (self.vocab_size > 0) == (self.text_dim > 0):
             raise ValueError("captions are words or embeddings: set vocab_size or text_dim")
@@ -134,8 +136,8 @@ def review_tokens(grid, pool):
 class MATE(nn.Module):
     """MA-branch plus TE-branch (fig. 2): grid (b, t, h, w, d) -> the same shape.
 
-    Review tokens stand at both ends of the sequence, so that each direction of the scan reads an
-    overview first. Each direction reads the other copy last, and all copies are dropped.
+    A copy of the review tokens stands at each end, so that both directions read one first. The
+    outputs of both copies are dropped.
     """
 
     def __init__(self, config, layer=0):
@@ -144,7 +146,8 @@ class MATE(nn.Module):
         self.pool = config.pool if config.review else None
         self.ma = self.tesa = None
         if config.ma:
-            names = "d_model d_state d_conv expand headdim ngroups chunk_size backend".split()
+            names = ("d_model", "d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size")
+            names += ("backend",)
             self.ma = BidirectionalMamba2(**{name: getattr(config, name) for name in names})
         if config.tesa:
             shift = tuple(size // 2 if layer % 2 else 0 for size in config.window)
@@ -179,7 +182,8 @@ class CrossAttention(nn.Module):
         return q, k, v
 
     def forward(self, x, text, mask):
-        out = attend(*self.heads(x, text), mask[:, None, None, :])  # scores (b, heads, l, n)
+        q, k, v = self.heads(x, text)  # scores (b, heads, l, n)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
         return self.proj(rearrange(out, "b n l e -> b l (n e)"))
 
 
@@ -190,13 +194,14 @@ class FullAttention(CrossAttention):
         tokens = grid.flatten(1, 3)
         q, k, v = self.heads(tokens, tokens)  # (b, heads, l, e) each
         turn = rotary(grid.shape[1:4], q.shape[-1], q.dtype, q.device, longest=256)
-        out = attend(rotate(q, *turn), rotate(k, *turn), v)  # scores (b, heads, l, l)
+        q, k = rotate(q, *turn), rotate(k, *turn)
+        out = F.scaled_dot_product_attention(q, k, v)  # scores (b, heads, l, l)
         return self.proj(rearrange(out, "b n l e -> b l (n e)")).view(grid.shape)
 
 
 def modulate(x, scale, shift):
     """Layer norm of x (b, l, d), with scale and shift (b, d) from the condition."""
-    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:]), 1 + scale[:, None])
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
 
 
 class Block(nn.Module):
@@ -209,25 +214,17 @@ class Block(nn.Module):
         self.mixer = FullAttention(d, config.nheads) if full else MATE(config, layer)
         self.cross = CrossAttention(d, config.nheads)
         self.mlp = nn.Sequential(nn.Linear(d, hidden), nn.GELU("tanh"), nn.Linear(hidden, d))
-        self.modulation = nn.Sequential(nn.SiLU(), zero_linear(d, 6 * d))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
 
     def forward(self, x, condition, text, mask):
         grid = x.shape  # (b, t, h, w, d)
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(condition).chunk(6, -1)
         x = x.flatten(1, 3)  # (b, l, d)
         mixed = self.mixer(modulate(x, scale1, shift1).view(grid)).flatten(1, 3)
-        x = torch.addcmul(x, gate1[:, None], mixed)
+        x = x + gate1[:, None] * mixed
         x = x + self.cross(F.layer_norm(x, x.shape[-1:]), text, mask)
-        x = torch.addcmul(x, gate2[:, None], self.mlp(modulate(x, scale2, shift2)))
+        x = x + gate2[:, None] * self.mlp(modulate(x, scale2, shift2))
         return x.view(grid)
-
-
-def zero_linear(d_in, d_out):
-    """A linear layer that gives 0 at the start of training."""
-    layer = nn.Linear(d_in, d_out)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 # ---------------------------------------------------------------- the denoiser
@@ -245,14 +242,17 @@ class LinGen(nn.Module):
         tables = {axis: 0.02 * torch.randn(n, d) for axis, n in zip("thw", config.grid) if n}
         self.positions = nn.ParameterDict(tables)
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
-        self.null_embedding = nn.Parameter(0.02 * torch.randn(d))  # first word of every caption
+        self.null_embedding = nn.Parameter(0.02 * torch.randn(d))  # before every caption
         if config.vocab_size:
             self.words = nn.Embedding(config.vocab_size + 1, d, padding_idx=0)
         else:
             self.words = nn.Linear(config.text_dim, d)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
-        self.modulation = nn.Sequential(nn.SiLU(), zero_linear(d, 2 * d))
-        self.patch_out = zero_linear(d, per_patch)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+        self.patch_out = nn.Linear(d, per_patch)
+        for name, p in self.named_parameters():  # adaLN-Zero: gates and output start at 0
+            if "modulation" in name or "patch_out" in name:
+                nn.init.zeros_(p)
 
     def forward(self, clip, t, text, mask=None):
         """Args:
@@ -265,7 +265,7 @@ class LinGen(nn.Module):
         Raises ValueError for a clip that patches do not fill.
         """
         config, (pt, ph, pw), still = self.config, self.config.patch, clip.shape[2] == 1
-        if still:  # a picture fills its patch as a clip without motion
+        if still:  # a picture is repeated to fill its patch, and the output is averaged
             clip = clip.expand(-1, -1, pt, -1, -1)
         if any(size % p for size, p in zip(clip.shape[2:], config.patch)):
             raise ValueError(f"the clip has frames, height, width {tuple(clip.shape[2:])}; "
@@ -282,8 +282,8 @@ class LinGen(nn.Module):
         null = self.null_embedding.expand(len(text), 1, -1)
         text = torch.cat([null, self.words(text)], 1)  # (b, 1 + n, d)
         mask = F.pad(mask, (1, 0), value=True)  # (b, 1 + n)
-        # Choice: the caption's mean joins the timestep, where Movie Gen has cross-attention alone.
-        # What holds for the whole clip, as its colour, is then learnt much sooner.
+        # Choice: the caption's mean is added to the time embedding. What holds for the whole clip,
+        # as its colour, is then learnt sooner. Movie Gen has cross-attention alone.
         mean = (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (b, d)
         condition = self.time(time_embedding(t).to(x.dtype)) + mean
         for block in self.blocks:
@@ -297,7 +297,7 @@ class LinGen(nn.Module):
 
 
 def position_table(table, size):
-    """A table (entries, d) read at another size: fewer entries, or all of them interpolated."""
+    """The first `size` entries of a table (entries, d), or all of them interpolated to `size`."""
     if size <= len(table):
         return table[:size]
     stretched = F.interpolate(table.mT[None], size=size, mode="linear", align_corners=True)

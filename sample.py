@@ -4,8 +4,8 @@
 
 Flow matching (Lipman et al. 2022, arXiv 2210.02747) joins noise and data by straight paths,
 x_t = (1 - t) noise + t data, whose velocity is data - noise. The model predicts the mean clean clip
-at (x_t, t, caption), or the mean velocity; each follows from the other. Sampling starts from noise
-at t = 0 and takes finite steps to t = 1.
+x1 at (x_t, t, caption), or the mean velocity (x1 - x_t) / (1 - t). Sampling starts from noise at
+t = 0 and takes finite steps to t = 1.
 
 b clips; n words; c channels; t the time of the flow. Clips are (b, c, frames, height, width).
 """
@@ -31,7 +31,7 @@ try:
     from PIL import Image
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}: install it by: python -m pip install -r requirements.txt")
+    sys.exit(f"{error}. Run: python -m pip install -r requirements.txt")
 
 import lingen
 
@@ -68,7 +68,7 @@ def encode(captions, vocabulary):
     """Captions -> word numbers (b, n), int64, padded with 0.
 
     vocabulary: words by kind, as {"colour": ["red", ...], ...}; they are numbered from 1.
-    Raises ValueError for an empty caption, an unknown word, or two words of one kind but "other".
+    Raises ValueError for an empty caption, an unknown word, or two words of a kind (not "other").
     """
     number = {word: i for i, word in enumerate(sum(vocabulary.values(), []), 1)}
     rows = []
@@ -94,9 +94,9 @@ def encode(captions, vocabulary):
 def times(steps, schedule="uniform", shift=1.0):
     """Where the steps begin and end: (steps + 1,) float32, from 0 (noise) to 1 (data).
 
-    Paths bend near the noise, where what goes where is decided, so two schedules begin with small
-    steps: "linear-quadratic" with those of a uniform schedule of 1000 (Movie Gen, arXiv
-    2410.13720), and "shifted" by u / (u + shift (1 - u)) for uniform u (SD3, arXiv 2403.03206).
+    Paths curve most near the noise, so two schedules begin with small steps. Half the steps of
+    "linear-quadratic" are 1/1000 (Movie Gen, arXiv 2410.13720). "shifted" is
+    u / (u + shift (1 - u)) for uniform u (SD3, arXiv 2403.03206).
     """
     i = torch.arange(steps + 1, dtype=torch.float64)
     u = i / steps
@@ -116,10 +116,10 @@ def sample(model, text, shape, *, mask=None, steps=50, guidance=1.0, schedule="u
 
     text and mask: as LinGen.forward takes them. shape: (frames, height, width).
     guidance: classifier-free guidance scale (Ho and Salimans 2022, arXiv 2207.12598); 1 means none.
-    renoise: 0 is the Euler step of the flow, 1 predicts and adds fresh noise at every step, and
-        between them a part of the noise is fresh.
+    renoise r: the noise of the next step is sqrt(1 - r^2) old + r new. 0 is the Euler step of the
+        flow; 1 draws new noise at every step.
     callback(t, x1): called with each prediction of the clean clip.
-    Clip i draws all its noise from seed + i on the CPU: it is the same in any batch, on any device.
+    Clip i draws its noise from seed + i on the CPU: it depends on neither batch nor device.
     Raises FloatingPointError if the result is not finite.
     """
     weight, b = next(model.parameters()), len(text)
@@ -188,16 +188,15 @@ def load_model(path, device="cpu", backend=None):
         weights = {name: value.float() for name, value in checkpoint["weights"].items()}
         if config.depth > len(weights):
             raise ValueError(f"its config has {config.depth} blocks")
-        with torch.device("meta"):  # a first model, without memory: is it the one of these weights?
-            lingen.LinGen(config).load_state_dict(weights, assign=True)
+        with torch.device("meta"):  # takes no memory before the weights are known to fit
+            model = lingen.LinGen(config)
+        model.load_state_dict(weights, assign=True)
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError("its weights are not finite")
         Settings(**checkpoint["sampling"])
     except Exception as error:
         message = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit its own config: {message:.200}") from None
-    model = lingen.LinGen(config)
-    model.load_state_dict(weights)
     return model.eval().to(device), checkpoint
 
 
@@ -233,7 +232,7 @@ def write_clip(path, frames, fps=16.0, settings=None):
     if ending == ".png":
         large = contact_sheet(large)[None]
     first, *rest = [Image.fromarray(frame) for frame in large]
-    # A frame ends at a whole tick. Rounding the end, not the length, keeps errors from adding up.
+    # Ends of frames are rounded to ticks. Rounding the lengths would add up errors.
     tick = 10 if ending == ".gif" else 1  # milliseconds
     ends = [round(i * 1000 / fps / tick) * tick for i in range(len(frames) + 1)]
     options = dict(append_images=rest, loop=0, duration=[b - a for a, b in zip(ends, ends[1:])])
@@ -297,7 +296,8 @@ def run_command(name, command):
         sys.exit(141)
     except (ValueError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
         code, message = 2 if isinstance(error, ValueError) else 1, " ".join(str(error).split())
-        memory = isinstance(error, MemoryError) or "memory" in message
+        memory = isinstance(error, MemoryError) or "allocate memory" in message
+        memory = memory or "out of memory" in message
         if isinstance(error, RuntimeError) and not memory:
             raise  # a fault of ours: show where
         if memory:

@@ -1,9 +1,9 @@
 """Four scan orders: how a grid of tokens becomes a sequence, and comes back.
 
-Mamba reads tokens in a line, but a clip is a grid of T frames, H rows and W columns. Whatever the
-order, it separates most neighbours: read row by row, the token below is W places away, and the same
-token of the next frame H*W places. LinGen's answer is *Rotary Major Scan* (RMS, fig. 4 of the
-paper): each layer reads the grid in another order, so that each axis is the fast one in turn.
+Mamba reads a sequence, but a clip is a grid of T frames, H rows and W columns. Every order
+separates most neighbours. Row by row, the token below is W places away, and the same token of the
+next frame H*W places. *Rotary Major Scan* (RMS, fig. 4 of the paper) changes the order from layer
+to layer, so that each axis is the fastest one in some layer.
 
     layer mod 4   order              place of token (t, y, x) in the sequence
     0             spatial-row        t*H*W + y*W + x
@@ -12,8 +12,8 @@ paper): each layer reads the grid in another order, so that each axis is the fas
     3             temporal-column    (x*H + y)*T + t
 
 Each order only permutes the axes, which costs one strided copy (for spatial-row not even that). The
-zigzag, with which the paper compares RMS (table 2, fig. 11b), walks each row and each frame in the
-direction opposite to the last. That is no permutation of axes: it needs an index for every token.
+zigzag is the paper's baseline (table 2, fig. 11b). It reverses every second row and every second
+frame. That is no permutation of axes: it needs an index for every token.
 
 b batch; t, h, w frames, rows, columns; d width of a token; l = t*h*w length of the sequence.
 
@@ -23,7 +23,7 @@ Run it: `python scan.py` prints how far apart neighbours land in each order.
 import torch
 from einops import rearrange
 
-# The axes of each order, slowest first. RMS takes them in this order, layer by layer.
+# The axes of each order, slowest first. Layer i of RMS takes entry i mod 4.
 AXES = {
     "spatial-row": "t h w",
     "spatial-column": "t w h",
@@ -70,12 +70,12 @@ def order_name(order):
 
 
 def zigzag_index(t, h, w, device=None):
-    """Which token stands at each place of the zigzag: int64 (l,), in spatial-row numbers."""
+    """The token at each place of the zigzag: int64 (l,). Tokens are numbered row by row."""
     place = torch.arange(t * h * w, device=device)
     row = place // w  # counted over all frames
     frame, y, x = row // h, row % h, place % w
     y = torch.where(frame % 2 == 0, y, h - 1 - y)
-    # The walk turns at the end of every row, also from frame to frame: hence row, not y.
+    # x reverses at every row of the whole clip, so its parity is that of row, not of y.
     x = torch.where(row % 2 == 0, x, w - 1 - x)
     return (frame * h + y) * w + x
 
@@ -94,7 +94,7 @@ def main():
     for order in (*SCANS, "zigzag"):
         apart[order] = [places(order, shape).diff(dim=axis).abs().double() for axis in range(3)]
         print(f"{order:16} " + " ".join(f"{axis.mean():7.1f}" for axis in apart[order]))
-    # Over four layers, a pair of neighbours is as near as its best order brings it.
+    # The smallest distance of each pair over the four orders.
     best = [torch.stack(axis).amin(0).mean() for axis in zip(*(apart[order] for order in SCANS))]
     print(f"{'rotary, best':16} " + " ".join(f"{mean:7.1f}" for mean in best))
 

@@ -1,8 +1,8 @@
 """Temporal Swin Attention (TESA): softmax attention inside small windows of space and time.
 
-However a clip is flattened (scan.py), most neighbours end up apart. So LinGen gives every block a
-second branch (fig. 5 of the paper). It cuts the grid into small 3-D windows, and the tokens of a
-window attend to each other. In every second layer the windows are shifted by half a window, so that
+Every scan order separates neighbours (scan.py). So LinGen gives every block a second branch (fig. 5
+of the paper). It cuts the grid into small 3-D windows, and the tokens of a window attend to each
+other. In every second layer the windows are shifted by half a window, so that
 information crosses their borders: the shifted windows of Swin (Liu et al. 2021, arXiv 2103.14030),
 carried over to time. A token attends to the m tokens of its window, however long the clip is, so
 the cost is linear in the number of tokens.
@@ -10,13 +10,13 @@ the cost is linear in the number of tokens.
     even layer, window 4:   0 1 2 3 | 4 5 6 7
     odd layer, shift 2:     0 1 | 2 3 4 5 | 6 7
 
-The odd layer has cut windows at both ends. As in Swin, we roll the grid by the shift, which puts
-the two cut windows side by side in one window of full size,
+The odd layer has cut windows at both ends. As in Swin, the grid is rolled by the shift. Then both
+cut windows lie in one window of full size:
 
     rolled by 2:            2 3 4 5 | 6 7 0 1
 
-and a mask separates what only the roll brought together. It also excludes the padding of a grid
-that the window does not divide.
+A mask keeps their tokens apart. It also excludes the padding of a grid that the window does not
+divide.
 
 b batch; t, h, w frames, rows, columns of the grid; d width; n heads; e = d/n width of a head;
 k windows in the grid; m tokens in a window. Run `python tesa.py` to see the receptive field grow.
@@ -34,22 +34,23 @@ GRID, PARTS = "b (kt t) (kh h) (kw w) d", "b (kt kh kw) (t h w) d"
 
 
 def fit(shape, window, shift):
-    """Cut window and shift (t, h, w) to a grid: an axis within one window has no shift."""
-    pairs = [(n, 0) if win >= n else (win, by) for n, win, by in zip(shape, window, shift)]
-    return tuple(win for win, _ in pairs), tuple(by for _, by in pairs)
+    """Clamp window and shift (t, h, w) to a grid: an axis within one window has no shift."""
+    axes = list(zip(shape, window, shift))
+    window = tuple(min(size, win) for size, win, _ in axes)
+    return window, tuple(by if win < size else 0 for size, win, by in axes)
 
 
 def windows(shape, window, shift, device=None):
-    """The number of each token's window: int64 (t, h, w). Equal numbers attend to each other.
+    """The window number of each token: int64 (t, h, w). Equal numbers attend to each other.
 
-    Along each axis windows begin at shift, shift + window, ...; what comes before is a window, too.
+    Windows begin at shift, shift + window, ...; the tokens before the first form a window, too.
     """
     window, shift = fit(shape, window, shift)
     number = torch.zeros(1, 1, 1, dtype=torch.int64, device=device)
     for axis, (size, win, by) in enumerate(zip(shape, window, shift)):
-        place = torch.arange(size, device=device) + (win - by) % win
+        place = torch.arange(size, device=device) + -by % win
         along = (place // win).view([-1 if i == axis else 1 for i in range(3)])
-        number = number * (size // win + 2) + along  # along is at most size // win + 1
+        number = number * (size // win + 2) + along  # one digit for each axis
     return number
 
 
@@ -77,8 +78,8 @@ def window_mask(shape, window, shift, device=None):
     """Who may attend to whom: bool (k, m, m), or None if every window is whole."""
     if not any(shift) and not any(size % win for size, win in zip(shape, window)):
         return None
-    # Numbers from 1 up, so that the zeros of the padding form a window of their own: no token
-    # attends to padding, and padding attends to padding, since softmax over nothing would be NaN.
+    # Real windows count from 1. Padding is 0, a window of its own: no token attends to it, and it
+    # attends to itself, since softmax over no key is NaN.
     number = windows(shape, window, shift, device)[None, ..., None] + 1
     number = partition(number, window, shift)[0, ..., 0]  # (k, m)
     return number[:, :, None] == number[:, None, :]
@@ -90,9 +91,10 @@ def rotary(shape, e, dtype, device=None, longest=16):
     shape (t, h, w), m tokens -> cosines and sines, (m, e // 2) each. The pairs of features take the
     axes t, h, w in turn, with wavelengths from 2 tokens up to `longest`.
     """
-    dtype = torch.promote_types(dtype, torch.float32)  # a rounded place would be another place
+    dtype = torch.promote_types(dtype, torch.float32)  # bfloat16 would round positions
     pair = torch.arange(e // 2, device=device)
-    frequency = math.pi * (longest / 2) ** -(((pair // 3).to(dtype) + 0.5) / math.ceil(e / 6))
+    exponent = ((pair // 3).to(dtype) + 0.5) / math.ceil(e / 6)  # in (0, 1)
+    frequency = math.pi * (longest / 2) ** -exponent
     place = torch.cartesian_prod(*(torch.arange(size, device=device) for size in shape))  # (m, 3)
     angles = place[:, pair % 3] * frequency  # (m, e // 2)
     return angles.cos(), angles.sin()
@@ -103,16 +105,6 @@ def rotate(x, cos, sin):
     first, second = x.to(cos.dtype).chunk(2, -1)
     turned = torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
     return turned.to(x.dtype)
-
-
-def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(e)) v over the last two axes; mask is True where a query may attend."""
-    if q.device.type != "cpu" or k.shape[-2] >= 256:  # on CPUs fused kernels pay off for many keys
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(-1) @ v
 
 
 class TemporalSwinAttention(nn.Module):
@@ -143,7 +135,9 @@ class TemporalSwinAttention(nn.Module):
         mask = window_mask(shape, window, shift, q.device)  # (k, m, m)
         if mask is not None:
             mask = mask[:, None].repeat(b, 1, 1, 1)  # (b*k, 1, m, m)
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)  # scores (b*k, n, m, m)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # softmax(q k^T / sqrt(e)) v, with scores (b*k, n, m, m)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         out = rearrange(out, "(b k) n m e -> b k m (n e)", b=b)
         return self.proj(unpartition(out, shape, window, shift))
 
@@ -152,7 +146,7 @@ def main():
     shape, window = (16, 8, 8), (4, 4, 4)
     reached = torch.zeros(shape, dtype=torch.bool)
     reached[8, 4, 4] = True
-    print(f"grid {shape}, windows {window}: which tokens have heard of the middle token\n")
+    print(f"grid {shape}, windows {window}: the receptive field of the middle token\n")
     for layer in range(6):
         number = windows(shape, window, [size // 2 * (layer % 2) for size in window])
         reached = torch.isin(number, number[reached])

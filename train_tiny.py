@@ -34,12 +34,12 @@ from toy import judge, preview, shapes
 # ---------------------------------------------------------------- the recipe
 
 Stage = collections.namedtuple("Stage", "frames batch share")  # frames of a clip, share of steps
-# Each stage starts from the last. Batches shrink as clips grow: a step costs about the same.
+# Each stage goes on with the weights of the last. Batches shrink, so that steps cost the same.
 STAGES = (Stage(1, 112, 0.1), Stage(4, 84, 0.1), Stage(16, 28, 0.8))
 PICTURES_EVERY = 8  # hybrid training: every eighth step is on pictures
 NO_CAPTION = 0.05  # share of empty captions, for classifier-free guidance
 LEFT_OUT = 0.1  # share of captions that may leave out colour, shape or direction
-CLAMP = 0.4  # least 1 - t in the loss
+CLAMP = 0.4  # the smallest 1 - t in the loss
 
 
 def stage_at(step, steps):
@@ -57,8 +57,8 @@ def stage_at(step, steps):
 def draw_times(n, frames, generator):
     """Times t (n,) to train at: logit-normal (SD3, Movie Gen), a fifth of them uniform.
 
-    The mean of logit t is -1.5 for 16 frames. That is near the noise: where a large flat shape is,
-    one sees through much noise. Longer clips show more of it, so their times are nearer to it.
+    The mean of logit t is -1.5 for 16 frames. That is near the noise, because a large flat shape is
+    visible through much noise. Longer clips reveal more, so their mean is lower.
     """
     logit = -1.5 - 0.5 * math.log(frames / 16) + 1.2 * torch.randn(n, generator=generator)
     uniform, chance = torch.rand(2, n, generator=generator)
@@ -79,9 +79,8 @@ def training_batch(step, steps, seed):
 def velocity_error(out, clips, t, noise, predicts):
     """Mean squared error of the velocity, for a prediction `out` at (1 - t) noise + t clips.
 
-    A straight path has the velocity clips - noise, and a predicted clip x1 means the velocity
-    (x1 - x_t) / (1 - t). So the error of the velocity is that of the clip, divided by 1 - t.
-    Choice: 1 - t is clamped. Late times would count hundreds of times more than early ones.
+    With x1 the predicted clip, the velocity is (x1 - x_t) / (1 - t). So its error is the clip's
+    error over 1 - t. Choice: 1 - t is at least CLAMP, or late times would dominate.
     """
     if predicts == "velocity":
         return (out - (clips - noise)).square().mean()
@@ -101,7 +100,7 @@ def flow_matching_loss(model, clips, text, t, noise):
 
 
 class Run:
-    """All that changes in training: what a checkpoint must hold for an exact resume.
+    """The state of a training run. A checkpoint holds all of it, for an exact resume.
 
     average: the running mean of the weights (EMA), from which one samples.
     losses: for each step (frames, loss, loss of an all-black clip).
@@ -139,7 +138,8 @@ class Run:
                 group["lr"] = rate * self.settings["rate"]
         loss = flow_matching_loss(self.wrapped, clips, text, t, noise)
         loss.backward()
-        losses = torch.stack([loss.detach(), velocity_error(-1, clips, t, noise, "clean")])
+        black = velocity_error(-1, clips, t, noise, "clean")  # the loss of an all-black clip
+        losses = torch.stack([loss.detach(), black])
         if self.world > 1:
             distributed.all_reduce(losses)
         loss, black = (losses / self.world).tolist()
@@ -150,7 +150,7 @@ class Run:
                                      "start anew with a lower --rate")  # fmt: skip
         for optimizer in self.optimizers:
             optimizer.step()
-        keep = min(0.998, (self.step + 1) / (self.step + 10))  # at first a short memory
+        keep = min(0.998, (self.step + 1) / (self.step + 10))  # smaller at first
         weights = list(self.model.state_dict().values())
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - keep)
         self.losses.append((clips.shape[2], loss, black))
@@ -214,7 +214,8 @@ class Run:
         write_checkpoint(out, self.state())
         model = lingen.LinGen(self.model.config).to(self.device).eval()
         model.load_state_dict(self.average)
-        captions = [shapes.caption(torch.tensor([i % 6, i % 4, i])) for i in range(8)]
+        specs = torch.tensor([[i % 6, i % 4, i] for i in range(8)])  # each direction once
+        captions = [shapes.caption(spec) for spec in specs]
         settings = {**dataclasses.asdict(sampler.Settings()), "steps": 24}
         clips = sample_captions(model, captions, shapes.WORDS, settings)
         frames = [sampler.to_frames(clip) for clip in clips]
@@ -265,7 +266,7 @@ def train(args):
         run.restore(sampler.load_checkpoint(out))
     variant = ", ".join(f"{name}={value}" for name, value in args.set) or "LinGen"
 
-    asked = []  # Ctrl-C waits for the end of the step; a second one does not
+    asked = []  # the first Ctrl-C stops after the step, a second one at once
 
     def ask_to_stop(number, frame):
         if asked and number == signal.SIGINT:
@@ -295,7 +296,7 @@ def train(args):
     if run.rank:
         return 0
     run.save(out, variant)
-    if asked:
+    if run.step < args.steps:
         print(f"stopped at step {run.step} of {args.steps}; go on with --resume", file=sys.stderr)
         return 130
     print(f"wrote {out}, {out.with_suffix('.gif')} and {out.with_suffix('.png')}")
@@ -305,7 +306,8 @@ def train(args):
         state["weights"] = {name: value.half() for name, value in state["weights"].items()}
         write_checkpoint(args.publish, state)
         print(f"wrote {args.publish}")
-    last = run.losses[-(len(run.losses) // 10) :] if run.step >= 100 else []
+    judged = run.step >= 100 and run.model.config.predicts == "clean"
+    last = run.losses[-(len(run.losses) // 10) :] if judged else []
     if sum(loss for _, loss, _ in last) > sum(black for _, _, black in last):
         raise FloatingPointError("the training diverged: its loss, over the last tenth, is above "
                                  "that of an all-black clip; try a lower --rate")  # fmt: skip
@@ -353,7 +355,7 @@ def main():
     )
     add = parser.add_argument
     add("--out", default="runs/tiny.pt", help="the checkpoint; pictures are written beside it")
-    add("--steps", type=int, default=1600, help="15 minutes on two CPU cores")
+    add("--steps", type=int, default=1600, help="of training; 1600 take 15 minutes on two cores")
     add("--seed", type=int, default=0, help="of weights and data")
     add("--rate", type=float, default=2e-3, help="learning rate")
     add("--set", type=setting, action="append", default=[], metavar="NAME=VALUE",

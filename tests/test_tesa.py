@@ -6,7 +6,6 @@ import runpy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,15 +122,6 @@ def test_receptive_field_by_gradient_is_the_window(shape, window, shift):
     for each, wanted in zip(layer(grid).flatten(0, 3).sum(-1), allowed(shape, window, shift)):
         (grad,) = torch.autograd.grad(each, grid, retain_graph=True)
         assert torch.equal(grad.flatten(0, 3).any(-1), wanted)
-
-
-@pytest.mark.parametrize("keys, masked", [(5, False), (5, True), (300, False), (300, True)])
-def test_attend_equals_scaled_dot_product_attention(keys, masked):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 6, dtype=torch.float64) for n in (7, keys, keys))
-    mask = (torch.rand(2, 1, 7, keys) < 0.5) | (torch.arange(keys) == 0) if masked else None
-    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(tesa.attend(q, k, v, mask), wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name, atol", [("float32", 1e-5), ("bfloat16", 0.1), ("float16", 0.02)])
