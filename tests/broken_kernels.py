@@ -1044,7 +1044,7 @@ CHEATS = {
     "hands the call on in the backward pass": (
         lambda: hands_on_in_backward,
         "plain",
-        "mamba2_ref: ssd_chunked",
+        "mamba2_ref: ssd",
     ),
     "loosens the tolerances": (lambda: loosens_tolerances, "plain", "kernel_judge.SLACK"),
     "patches the comparison": (lambda: patches_the_comparison, "plain", "kernel_judge.excess"),

@@ -403,7 +403,7 @@ def test_a_missing_package_says_what_to_install(tmp_path, script, name):
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     argv = [sys.executable, ROOT / script]
     done = subprocess.run(argv, env=env, capture_output=True, text=True)
-    says = f"No module named {name}: install it by: python -m pip install -r requirements.txt\n"
+    says = f"No module named {name}. Run: python -m pip install -r requirements.txt\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", says)
 
 
