@@ -76,9 +76,7 @@ def encode(captions, vocabulary):
         words = re.findall(r"[^\s.,;:!?\"']+", caption.lower())
         if not words:
             raise ValueError('the caption is empty; try "a red circle moving right"')
-        for word in words:
-            if word in number:
-                continue
+        for word in [word for word in words if word not in number]:
             near = difflib.get_close_matches(word, number, n=1, cutoff=0.75)
             known = "; ".join(f"{kind}: {', '.join(vocabulary[kind])}" for kind in vocabulary)
             hint = f"did you mean {near[0]!r}?" if near else f"it knows {known}"
@@ -158,6 +156,13 @@ def sample(model, text, shape, *, mask=None, steps=50, guidance=1.0, schedule="u
     if not x.isfinite().all():
         raise FloatingPointError("the clip is not finite; try another checkpoint or less guidance")
     return x.clamp(-1, 1) if model.config.channels == 3 else x  # latents have no bounds
+
+
+def sample_captions(model, captions, vocabulary, settings, **options):
+    """One clip for each caption, by a dict of Settings: (b, 3, frames, h, w), on the CPU."""
+    shape = (settings["frames"], settings["height"], settings["width"])
+    options |= {name: settings[name] for name in (*SOLVER, "seed")}
+    return sample(model, encode(captions, vocabulary), shape, **options).cpu()
 
 
 def load_checkpoint(path):
@@ -296,8 +301,7 @@ def run_command(name, command):
         sys.exit(141)
     except (ValueError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
         code, message = 2 if isinstance(error, ValueError) else 1, " ".join(str(error).split())
-        memory = isinstance(error, MemoryError) or "allocate memory" in message
-        memory = memory or "out of memory" in message
+        memory = isinstance(error, MemoryError) or re.search("(out of|allocate) memory", message)
         if isinstance(error, RuntimeError) and not memory:
             raise  # a fault of ours: show where
         if memory:
@@ -345,15 +349,15 @@ def main():
         if settings[name] not in known:
             print(f"warning: {name} is {settings[name]}, the model was trained with "
                   f"{', '.join(map(str, known))}; quality may suffer", file=sys.stderr)  # fmt: skip
-    text = encode(args.captions, checkpoint["vocabulary"])
+    vocabulary = checkpoint["vocabulary"]
+    encode(args.captions, vocabulary)  # a wrong caption is an error before anything is written
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    solver = {name: settings[name] for name in SOLVER}
-    shape = (settings["frames"], settings["height"], settings["width"])
     for i, (caption, path) in enumerate(zip(args.captions, paths)):
         begun, seed = time.monotonic(), (settings["seed"] + i) % 2**32
-        clip = sample(model, text[i : i + 1], shape, seed=seed, progress=True, **solver)
-        note = {"caption": caption, "seed": seed, "checkpoint": checkpoint["sha256"]}
-        write_clip(path, to_frames(clip[0]), settings["fps"], {**settings, **note})
+        mine = {**settings, "seed": seed}
+        clip = sample_captions(model, [caption], vocabulary, mine, progress=True)
+        note = {**mine, "caption": caption, "checkpoint": checkpoint["sha256"]}
+        write_clip(path, to_frames(clip[0]), settings["fps"], note)
         print(f"wrote {path}: {caption!r}, seed {seed}, {time.monotonic() - begun:.1f} s")
 
 

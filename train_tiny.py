@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import lingen
+from sample import sample_captions
 from toy import judge, preview, shapes
 
 # ---------------------------------------------------------------- the recipe
@@ -234,14 +235,6 @@ def write_checkpoint(path, state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
     sampler.replace_file(path, buffer.getvalue())
-
-
-def sample_captions(model, captions, vocabulary, settings):
-    """One clip for each caption: (n, 3, frames, height, width)."""
-    shape = (settings["frames"], settings["height"], settings["width"])
-    solver = {name: settings[name] for name in sampler.SOLVER}
-    text = sampler.encode(captions, vocabulary)
-    return sampler.sample(model, text, shape, seed=settings["seed"], **solver).cpu()
 
 
 def train(args):

@@ -327,10 +327,8 @@ def examples(args):
 def sample_clips(args, captions, callback=None):
     model, checkpoint = sampler.load_model(args.checkpoint)
     settings = dataclasses.asdict(sampler.Settings(**checkpoint["sampling"]))
-    solver = {name: settings[name] for name in sampler.SOLVER}
-    shape = (settings["frames"], settings["height"], settings["width"])
-    text = sampler.encode(captions, checkpoint["vocabulary"])
-    clips = sampler.sample(model, text, shape, callback=callback, progress=True, **solver)
+    options = dict(callback=callback, progress=True)
+    clips = sampler.sample_captions(model, captions, checkpoint["vocabulary"], settings, **options)
     return [sampler.to_frames(clip) for clip in clips]
 
 
