@@ -4,23 +4,14 @@ This is the paper's model (LinGen, CVPR 2025, figs. 2 to 5): a DiT (Peebles and 
 2212.09748) in which MATE replaces self-attention. MATE adds the outputs of two branches:
 
     MA-branch   bidirectional Mamba2 over the flattened grid, for interactions at any distance. The
-                order changes from layer to layer (Rotary Major Scan, scan.py). Average-pooled
-                *review tokens* stand before the clip in each direction.
+                order changes from layer to layer (Rotary Major Scan, scan.py); average-pooled
+                *review tokens* are read before the clip.
     TE-branch   TEmporal Swin Attention in small windows (tesa.py), for what a 1-D scan separates.
 
     clip (b, c, frames, height, width) -> patches -> tokens (b, t, h, w, d) -> blocks -> clip
 
-    block:   x = x + gate * MATE(modulated norm(x))
-             x = x + cross-attention(norm(x), caption)
-             x = x + gate * feed-forward(modulated norm(x))
-
-The modulation is adaLN-Zero (DiT): time and caption set scale and shift of both norms, and the
-gates, which start at 0.
-
 b batch; c channels; t, h, w the grid of tokens; d width; l = t*h*w tokens; n words of the caption.
-As an argument, t (b,) is the time of the flow: 0 noise, 1 data.
-
-Read `review_tokens`, `MATE`, `Block`, `LinGen`. Run `python lingen.py` for parameters and FLOPs.
+In `LinGen.forward`, t (b,) is the time of the flow: 0 noise, 1 data.
 """
 
 import dataclasses
@@ -32,17 +23,9 @@ from einops import rearrange
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mamba2_ref import BACKENDS, BidirectionalMamba2
-from scan import SCANS, to_grid, to_sequence
+from mamba2_ref import BidirectionalMamba2
+from scan import order_name, to_grid, to_sequence
 from tesa import TemporalSwinAttention, rotary, rotate
-
-
-KNOWN = {  # the values of fields that name a choice
-    "mixer": ("mate", "attention"),
-    "predicts": ("clean", "velocity"),
-    "scan": ("rotary", "zigzag", *SCANS),
-    "backend": BACKENDS,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,33 +62,21 @@ class LinGenConfig:
     backend: object = "auto"  # of the scan: "torch", "mamba_ssm", "auto" or a function
 
     def __post_init__(self):
-        for name, value in list(vars(self).items()):
-            if isinstance(value, list):  # as JSON has it
-                object.__setattr__(self, name, tuple(value))
-            may_be_zero = name in ("grid", "vocab_size", "text_dim", "depth") or value is False
-            least = 0 if may_be_zero else 1
-            sizes = value if isinstance(value, (tuple, list)) else (value,) * 3
-            right = [isinstance(size, (int, float)) and size >= least for size in sizes]
-            if name not in KNOWN and right != [True] * 3:
-                raise ValueError(f"{name} is {value!r}; expected sizes of at least {least}")
-        for name, known in KNOWN.items():
-            function = name == "backend" and callable(self.backend)
-            if getattr(self, name) not in known and not function:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {', '.join(known)}")
-        if (self.vocab_size > 0) == (self.text_dim > 0):
-            raise ValueError("captions are words or embeddings: set vocab_size or text_dim")
-        if not (self.ma or self.tesa):
-            raise ValueError("MATE without both of its branches mixes nothing: keep ma or tesa")
+        if self.mixer not in ("mate", "attention") or self.predicts not in ("clean", "velocity"):
+            raise ValueError(f"unknown: mixer {self.mixer!r} or predicts {self.predicts!r}")
+        sizes = (*self.patch, *self.pool, *self.window, self.channels, self.d_model, self.nheads)
+        if min(sizes) < 1 or min(*self.grid, self.depth) < 0:
+            raise ValueError(f"sizes must be at least 1, depth and grid at least 0: {self}")
+        if (self.vocab_size > 0) == (self.text_dim > 0) or not (self.ma or self.tesa):
+            raise ValueError("set vocab_size or text_dim, not both; keep ma or tesa")
 
 
 # Latents of a video autoencoder and embeddings of a text encoder, as in the paper.
 LATENT = dict(channels=16, patch=(1, 2, 2), grid=(34, 16, 16), predicts="velocity",
               pool=(4, 4, 4), window=(8, 4, 4), headdim=64, expand=2.0, chunk_size=64)  # fmt: skip
 PRESETS = {
-    # Trains on a laptop (train_tiny.py). No table along time, so that clips have any length.
-    "tiny": dict(vocab_size=21),
-    # For one consumer GPU.
-    "small": dict(LATENT, text_dim=1024, d_model=768, depth=16, nheads=12, d_state=64),
+    "tiny": dict(vocab_size=21),  # trains on a laptop; no table along time: clips of any length
+    "small": dict(LATENT, text_dim=1024, d_model=768, depth=16, nheads=12, d_state=64),  # a GPU
     # The size of the paper's model. Its widths are not published; these give 4 billion parameters.
     "4b": dict(LATENT, text_dim=4096, d_model=2304, depth=27, nheads=18, d_state=128),
 }
@@ -116,9 +87,6 @@ def preset(name, **changes):
     if name not in PRESETS:
         raise ValueError(f"there is no preset {name!r}; expected {', '.join(PRESETS)}")
     return LinGenConfig(**{**PRESETS[name], **changes})
-
-
-# ---------------------------------------------------------------- MATE
 
 
 def review_tokens(grid, pool):
@@ -136,18 +104,16 @@ def review_tokens(grid, pool):
 class MATE(nn.Module):
     """MA-branch plus TE-branch (fig. 2): grid (b, t, h, w, d) -> the same shape.
 
-    A copy of the review tokens stands at each end, so that both directions read one first. The
-    outputs of both copies are dropped.
+    Review tokens stand at both ends, so that each direction reads them first; their outputs go.
     """
 
     def __init__(self, config, layer=0):
         super().__init__()
-        self.order = SCANS[layer % 4] if config.scan == "rotary" else config.scan
+        self.order = order_name(layer if config.scan == "rotary" else config.scan)
         self.pool = config.pool if config.review else None
         self.ma = self.tesa = None
         if config.ma:
-            names = ("d_model", "d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size")
-            names += ("backend",)
+            names = "d_model d_state d_conv expand headdim ngroups chunk_size backend".split()
             self.ma = BidirectionalMamba2(**{name: getattr(config, name) for name in names})
         if config.tesa:
             shift = tuple(size // 2 if layer % 2 else 0 for size in config.window)
@@ -157,17 +123,17 @@ class MATE(nn.Module):
         if self.ma is None:
             return self.tesa(grid)
         tokens = to_sequence(grid, self.order)  # (b, l, d)
-        first, l = 0, tokens.shape[1]
+        review = tokens[:, :0]
         if self.pool is not None:
             review = to_sequence(review_tokens(grid, self.pool), self.order)  # (b, r, d)
-            tokens = torch.cat([review, tokens, review], 1)  # (b, r + l + r, d)
-            first = review.shape[1]
-        out = to_grid(self.ma(tokens)[:, first : first + l], self.order, grid.shape[1:4])
+        out = self.ma(torch.cat([review, tokens, review], 1))  # (b, r + l + r, d)
+        out = out.narrow(1, review.shape[1], tokens.shape[1])
+        out = to_grid(out, self.order, grid.shape[1:4])
         return out if self.tesa is None else out + self.tesa(grid)
 
 
-class CrossAttention(nn.Module):
-    """Tokens attend to the caption: x (b, l, d), text (b, n, d), mask (b, n) -> (b, l, d)."""
+class Attention(nn.Module):
+    """Softmax attention of x (b, ..., d) to the caption: text (b, n, d), mask (b, 1, 1, n)."""
 
     def __init__(self, d_model, nheads):
         super().__init__()
@@ -176,58 +142,51 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(d_model, 2 * d_model)
         self.proj = nn.Linear(d_model, d_model)
 
-    def heads(self, x, text):
-        q = rearrange(self.q(x), "b l (n e) -> b n l e", n=self.nheads)
-        k, v = rearrange(self.kv(text), "b l (two n e) -> two b n l e", two=2, n=self.nheads)
-        return q, k, v
+    def forward(self, x, text, mask=None, rope=None):
+        heads = dict(heads=self.nheads)
+        q = rearrange(self.q(x), "b ... (heads e) -> b heads (...) e", **heads)
+        k, v = rearrange(self.kv(text), "b ... (two heads e) -> two b heads (...) e", two=2, **heads)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # scores (b, heads, l, n)
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
 
-    def forward(self, x, text, mask):
-        q, k, v = self.heads(x, text)  # scores (b, heads, l, n)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        return self.proj(rearrange(out, "b n l e -> b l (n e)"))
 
-
-class FullAttention(CrossAttention):
+class FullAttention(Attention):
     """The DiT's self-attention, which MATE replaces: O(l^2). RoPE runs over the whole grid."""
 
     def forward(self, grid):
-        tokens = grid.flatten(1, 3)
-        q, k, v = self.heads(tokens, tokens)  # (b, heads, l, e) each
-        turn = rotary(grid.shape[1:4], q.shape[-1], q.dtype, q.device, longest=256)
-        q, k = rotate(q, *turn), rotate(k, *turn)
-        out = F.scaled_dot_product_attention(q, k, v)  # scores (b, heads, l, l)
-        return self.proj(rearrange(out, "b n l e -> b l (n e)")).view(grid.shape)
+        e = grid.shape[-1] // self.nheads
+        rope = rotary(grid.shape[1:4], e, grid.dtype, grid.device, longest=256)
+        return super().forward(grid, grid, rope=rope)
 
 
 def modulate(x, scale, shift):
-    """Layer norm of x (b, l, d), with scale and shift (b, d) from the condition."""
-    return F.layer_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
+    """Layer norm of x (b, t, h, w, d), with scale and shift (b, 1, 1, 1, d) from the condition."""
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
 class Block(nn.Module):
-    """One block: MATE (or full attention), cross-attention, feed-forward. See the file's header."""
+    """MATE (or full attention), cross-attention to the caption, feed-forward; each is added to x.
+
+    adaLN-Zero (DiT): the condition, from time and caption, sets scale and shift of two norms, and
+    two gates, which start at 0. x (b, t, h, w, d); condition (b, 1, 1, 1, d).
+    """
 
     def __init__(self, config, layer):
         super().__init__()
         d, hidden = config.d_model, int(config.mlp_ratio * config.d_model)
         full = config.mixer == "attention"
         self.mixer = FullAttention(d, config.nheads) if full else MATE(config, layer)
-        self.cross = CrossAttention(d, config.nheads)
+        self.cross = Attention(d, config.nheads)
         self.mlp = nn.Sequential(nn.Linear(d, hidden), nn.GELU("tanh"), nn.Linear(hidden, d))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
 
     def forward(self, x, condition, text, mask):
-        grid = x.shape  # (b, t, h, w, d)
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(condition).chunk(6, -1)
-        x = x.flatten(1, 3)  # (b, l, d)
-        mixed = self.mixer(modulate(x, scale1, shift1).view(grid)).flatten(1, 3)
-        x = x + gate1[:, None] * mixed
+        x = x + gate1 * self.mixer(modulate(x, scale1, shift1))
         x = x + self.cross(F.layer_norm(x, x.shape[-1:]), text, mask)
-        x = x + gate2[:, None] * self.mlp(modulate(x, scale2, shift2))
-        return x.view(grid)
-
-
-# ---------------------------------------------------------------- the denoiser
+        return x + gate2 * self.mlp(modulate(x, scale2, shift2))
 
 
 class LinGen(nn.Module):
@@ -255,14 +214,13 @@ class LinGen(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, clip, t, text, mask=None):
-        """Args:
-            clip (b, channels, frames, height, width): (1 - t) noise + t data. Each size is a
-                multiple of the patch; one frame, a still picture, is always allowed.
-            t (b,): the time of each clip, in [0, 1].
-            text: word numbers (b, n), 0 for padding; or embeddings (b, n, text_dim).
-            mask (b, n): True where a word stands; by default where the word number is not 0.
-        Returns the clean clip or the velocity, as config.predicts says, in the shape of clip.
-        Raises ValueError for a clip that patches do not fill.
+        """A noisy clip -> the clean clip or the velocity, as config.predicts says; the same shape.
+
+        clip (b, channels, frames, height, width): (1 - t) noise + t data. Sizes are multiples of
+            the patch; one frame, a still picture, is always allowed. Else ValueError.
+        t (b,): the time of each clip, in [0, 1].
+        text: word numbers (b, n), 0 for padding; or embeddings (b, n, text_dim).
+        mask (b, n): True where a word stands; by default where the word number is not 0.
         """
         config, (pt, ph, pw), still = self.config, self.config.patch, clip.shape[2] == 1
         if still:  # a picture is repeated to fill its patch, and the output is averaged
@@ -276,7 +234,6 @@ class LinGen(nn.Module):
             if axis in self.positions:
                 table = position_table(self.positions[axis], x.shape[i])
                 x = x + table.view([-1] + [1] * (3 - i) + [x.shape[-1]])
-
         if mask is None:
             mask = text > 0 if config.vocab_size else text.new_ones(text.shape[:2]).bool()
         null = self.null_embedding.expand(len(text), 1, -1)
@@ -286,12 +243,12 @@ class LinGen(nn.Module):
         # as its colour, is then learnt sooner. Movie Gen has cross-attention alone.
         mean = (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (b, d)
         condition = self.time(time_embedding(t).to(x.dtype)) + mean
+        condition = condition[:, None, None, None]  # (b, 1, 1, 1, d)
         for block in self.blocks:
-            x = block(x, condition, text, mask)
-        grid = x.shape
+            x = block(x, condition, text, mask[:, None, None])
         scale, shift = self.modulation(condition).chunk(2, -1)
-        x = self.patch_out(modulate(x.flatten(1, 3), scale, shift)).unflatten(1, grid[1:4])
         pattern = "b t h w (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
+        x = self.patch_out(modulate(x, scale, shift))
         out = rearrange(x, pattern, pt=pt, ph=ph, pw=pw)
         return out.mean(2, keepdim=True) if still else out
 
@@ -311,20 +268,13 @@ def time_embedding(t):
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def main():
-    print(f"{'preset':8} {'mixer':10} {'frames':>6} {'tokens':>7} {'parameters':>12} {'GFLOPs':>9}")
-    for name, frames, side in (("tiny", 16, 24), ("tiny", 1088, 24), ("small", 34, 64)):
-        for mixer in ("mate", "attention"):
-            config = preset(name, mixer=mixer, backend="torch")
-            with torch.device("meta"), FlopCounterMode(display=False) as counter:
-                model, clip = LinGen(config), torch.empty(1, config.channels, frames, side, side)
-                text = torch.empty(1, 5, config.text_dim) if config.text_dim else torch.ones(1, 5)
-                model(clip, torch.empty(1), text if config.text_dim else text.long())
-            tokens = frames * side * side // math.prod(config.patch)
-            size = sum(p.numel() for p in model.parameters())
-            flops = counter.get_total_flops() / 1e9
-            print(f"{name:8} {mixer:10} {frames:6} {tokens:7,} {size:12,} {flops:9,.1f}")
-
-
 if __name__ == "__main__":
-    main()
+    print("tiny, 24 x 24 pixels: operations of a forward pass in GFLOPs")
+    print(f"{'frames':>6} {'tokens':>7} {'LinGen':>7} {'DiT':>7}")
+    for frames in (16, 64, 272, 1088):
+        print(f"{frames:6} {frames // 4 * 36:7,}", end="")
+        for mixer in ("mate", "attention"):
+            with torch.device("meta"), FlopCounterMode(display=False) as counter:
+                model = LinGen(preset("tiny", mixer=mixer, backend="torch"))
+                model(torch.empty(1, 3, frames, 24, 24), torch.empty(1), torch.ones(1, 5).long())
+            print(f" {counter.get_total_flops() / 1e9:7,.1f}", end="\n" * (mixer != "mate"))

@@ -34,6 +34,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"{error}. Run: python -m pip install -r requirements.txt")
 
 import lingen
+import mamba2_ref
 
 FORMAT = "lingen-tiny-2"
 ENDINGS = (".gif", ".webp", ".png", ".npy")
@@ -330,7 +331,7 @@ def main():
         choices = SCHEDULES if field.name == "schedule" else None
         add(f"--{field.name}", type=field.type, choices=choices, default=argparse.SUPPRESS)
     add("--device", help="default: cuda, else mps, else cpu")
-    add("--backend", choices=lingen.BACKENDS, help="of the Mamba2 scan")
+    add("--backend", choices=mamba2_ref.BACKENDS, help="of the Mamba2 scan")
     add("--read", metavar="CLIP", help="print the settings inside a clip, and stop")
     args = parser.parse_args()
     if args.read:

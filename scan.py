@@ -86,7 +86,7 @@ def places(order, shape):
     return to_grid(line[None, :, None], order, shape)[0, ..., 0]
 
 
-def main():
+if __name__ == "__main__":
     shape = (4, 8, 8)
     print(f"grid {shape}: mean distance in the sequence between neighbours along each axis\n")
     print(f"{'order':16} {'time':>7} {'height':>7} {'width':>7}")
@@ -97,7 +97,3 @@ def main():
     # The smallest distance of each pair over the four orders.
     best = [torch.stack(axis).amin(0).mean() for axis in zip(*(apart[order] for order in SCANS))]
     print(f"{'rotary, best':16} " + " ".join(f"{mean:7.1f}" for mean in best))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,36 +1,28 @@
 """Temporal Swin Attention (TESA): softmax attention inside small windows of space and time.
 
-Every scan order separates neighbours (scan.py). So LinGen gives every block a second branch (fig. 5
-of the paper). It cuts the grid into small 3-D windows, and the tokens of a window attend to each
-other. In every second layer the windows are shifted by half a window, so that
-information crosses their borders: the shifted windows of Swin (Liu et al. 2021, arXiv 2103.14030),
-carried over to time. A token attends to the m tokens of its window, however long the clip is, so
-the cost is linear in the number of tokens.
+Every scan order separates neighbours (scan.py). So LinGen gives each block a second branch (fig. 5).
+It cuts the grid into small 3-D windows, and the tokens of a window attend to each other. In every
+second layer the windows are shifted by half a window, so that information crosses their borders, as
+in Swin (Liu et al. 2021, arXiv 2103.14030). A token attends to the m tokens of its window, however
+long the clip is: the cost is linear in the number of tokens.
 
     even layer, window 4:   0 1 2 3 | 4 5 6 7
     odd layer, shift 2:     0 1 | 2 3 4 5 | 6 7
 
-The odd layer has cut windows at both ends. As in Swin, the grid is rolled by the shift. Then both
-cut windows lie in one window of full size:
+The odd layer has cut windows at both ends. Rolling the grid by the shift puts them into one window:
 
     rolled by 2:            2 3 4 5 | 6 7 0 1
 
-A mask keeps their tokens apart. It also excludes the padding of a grid that the window does not
-divide.
+A mask keeps their tokens apart, and excludes the padding of a grid that the window does not divide.
 
-b batch; t, h, w frames, rows, columns of the grid; d width; n heads; e = d/n width of a head;
-k windows in the grid; m tokens in a window. Run `python tesa.py` to see the receptive field grow.
+b batch; t, h, w frames, rows, columns of the grid; d width; e width of a head;
+wins windows in the grid; m tokens in a window. Run `python tesa.py` to see the receptive field grow.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-
-# How a grid is cut into kt * kh * kw windows of t * h * w tokens.
-GRID, PARTS = "b (kt t) (kh h) (kw w) d", "b (kt kh kw) (t h w) d"
 
 
 def fit(shape, window, shift):
@@ -55,33 +47,36 @@ def windows(shape, window, shift, device=None):
 
 
 def partition(grid, window, shift):
-    """Pad, roll and cut a grid into windows: (b, t, h, w, d) -> (b, k, m, d)."""
+    """Pad, roll and cut a grid into windows: (b, t, h, w, d) -> (b, wins, m, d)."""
     pad = [-size % win for size, win in zip(grid.shape[1:4], window)]
     if any(pad):  # at the far end of each axis; F.pad counts axes from the last one
         grid = F.pad(grid, (0, 0, 0, pad[2], 0, pad[1], 0, pad[0]))
     if any(shift):
         grid = grid.roll([-by for by in shift], (1, 2, 3))
-    return rearrange(grid, f"{GRID} -> {PARTS}", t=window[0], h=window[1], w=window[2])
+    t, h, w = window
+    pattern = "b (wt t) (wh h) (ww w) d -> b (wt wh ww) (t h w) d"
+    return rearrange(grid, pattern, t=t, h=h, w=w)
 
 
 def unpartition(parts, shape, window, shift):
-    """The inverse of `partition`: (b, k, m, d) -> (b, t, h, w, d), without the padding."""
-    kt, kh = (-(-size // win) for size, win in zip(shape[:2], window))
-    sizes = dict(kt=kt, kh=kh, t=window[0], h=window[1], w=window[2])
-    grid = rearrange(parts, f"{PARTS} -> {GRID}", **sizes)
+    """The inverse of `partition`: (b, wins, m, d) -> (b, t, h, w, d), without the padding."""
+    t, h, w = window
+    wt, wh, _ = (-(-size // win) for size, win in zip(shape, window))
+    pattern = "b (wt wh ww) (t h w) d -> b (wt t) (wh h) (ww w) d"
+    grid = rearrange(parts, pattern, wt=wt, wh=wh, t=t, h=h, w=w)
     if any(shift):
         grid = grid.roll(shift, (1, 2, 3))
     return grid[:, : shape[0], : shape[1], : shape[2]]
 
 
 def window_mask(shape, window, shift, device=None):
-    """Who may attend to whom: bool (k, m, m), or None if every window is whole."""
+    """Who may attend to whom: bool (wins, m, m), or None if every window is whole."""
     if not any(shift) and not any(size % win for size, win in zip(shape, window)):
         return None
     # Real windows count from 1. Padding is 0, a window of its own: no token attends to it, and it
     # attends to itself, since softmax over no key is NaN.
     number = windows(shape, window, shift, device)[None, ..., None] + 1
-    number = partition(number, window, shift)[0, ..., 0]  # (k, m)
+    number = partition(number, window, shift)[0, ..., 0]  # (wins, m)
     return number[:, :, None] == number[:, None, :]
 
 
@@ -93,8 +88,8 @@ def rotary(shape, e, dtype, device=None, longest=16):
     """
     dtype = torch.promote_types(dtype, torch.float32)  # bfloat16 would round positions
     pair = torch.arange(e // 2, device=device)
-    exponent = ((pair // 3).to(dtype) + 0.5) / math.ceil(e / 6)  # in (0, 1)
-    frequency = math.pi * (longest / 2) ** -exponent
+    exponent = ((pair // 3).to(dtype) + 0.5) / -(-e // 6)  # in (0, 1)
+    frequency = torch.pi * (longest / 2) ** -exponent
     place = torch.cartesian_prod(*(torch.arange(size, device=device) for size in shape))  # (m, 3)
     angles = place[:, pair % 3] * frequency  # (m, e // 2)
     return angles.cos(), angles.sin()
@@ -128,21 +123,22 @@ class TemporalSwinAttention(nn.Module):
     def forward(self, grid):
         b, shape = grid.shape[0], tuple(grid.shape[1:4])
         window, shift = fit(shape, self.window, self.shift)
-        parts = partition(grid, window, shift)  # (b, k, m, d)
-        pattern = "b k m (three n e) -> three (b k) n m e"
-        q, k, v = rearrange(self.qkv(parts), pattern, three=3, n=self.nheads)  # (b*k, n, m, e)
+        parts = self.qkv(partition(grid, window, shift))  # (b, wins, m, 3 d)
+        pattern = "b wins m (three heads e) -> three (b wins) heads m e"
+        # q, k, v (b*wins, heads, m, e)
+        q, k, v = rearrange(parts, pattern, three=3, heads=self.nheads)
         cos, sin = rotary(window, q.shape[-1], q.dtype, q.device)  # (m, e // 2)
-        mask = window_mask(shape, window, shift, q.device)  # (k, m, m)
+        mask = window_mask(shape, window, shift, q.device)  # (wins, m, m)
         if mask is not None:
-            mask = mask[:, None].repeat(b, 1, 1, 1)  # (b*k, 1, m, m)
+            mask = mask[:, None].repeat(b, 1, 1, 1)  # (b*wins, 1, m, m)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        # softmax(q k^T / sqrt(e)) v, with scores (b*k, n, m, m)
+        # softmax(q k^T / sqrt(e)) v, with scores (b*wins, heads, m, m)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        out = rearrange(out, "(b k) n m e -> b k m (n e)", b=b)
+        out = rearrange(out, "(b wins) heads m e -> b wins m (heads e)", b=b)
         return self.proj(unpartition(out, shape, window, shift))
 
 
-def main():
+if __name__ == "__main__":
     shape, window = (16, 8, 8), (4, 4, 4)
     reached = torch.zeros(shape, dtype=torch.bool)
     reached[8, 4, 4] = True
@@ -152,7 +148,3 @@ def main():
         reached = torch.isin(number, number[reached])
         span = " x ".join(str(len(axis.unique())) for axis in reached.nonzero().T)
         print(f"layer {layer}: {len(number.unique()):3} windows, {reached.sum():5} tokens, {span}")
-
-
-if __name__ == "__main__":
-    main()

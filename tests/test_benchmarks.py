@@ -76,8 +76,9 @@ def products_by_hand(config, shape, words):
 def test_the_counter_sees_the_products_counted_by_hand(change):
     config, shape, words = preset("tiny", backend="torch", **change), (16, 6, 6), 5
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        x, condition = torch.empty(1, *shape, config.d_model), torch.empty(1, config.d_model)
-        text, mask = torch.empty(1, words, config.d_model), torch.ones(1, words, dtype=torch.bool)
+        x, condition = torch.empty(1, *shape, config.d_model), torch.empty(1, 1, 1, 1, config.d_model)
+        text = torch.empty(1, words, config.d_model)
+        mask = torch.ones(1, 1, 1, words, dtype=torch.bool)
         Block(config, layer=0)(x, condition, text, mask)
     ratio = counter.get_total_flops() / 2 / products_by_hand(config, shape, words)
     scans = config.mixer == "mate" and config.ma
