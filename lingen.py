@@ -143,9 +143,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(d_model, d_model)
 
     def forward(self, x, text, mask=None, rope=None):
-        heads = dict(heads=self.nheads)
-        q = rearrange(self.q(x), "b ... (heads e) -> b heads (...) e", **heads)
-        k, v = rearrange(self.kv(text), "b ... (two heads e) -> two b heads (...) e", two=2, **heads)
+        q, kv, sizes = self.q(x), self.kv(text), dict(heads=self.nheads)
+        q = rearrange(q, "b ... (heads e) -> b heads (...) e", **sizes)
+        k, v = rearrange(kv, "b ... (two heads e) -> two b heads (...) e", two=2, **sizes)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # scores (b, heads, l, n)

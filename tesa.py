@@ -1,10 +1,10 @@
 """Temporal Swin Attention (TESA): softmax attention inside small windows of space and time.
 
-Every scan order separates neighbours (scan.py). So LinGen gives each block a second branch (fig. 5).
-It cuts the grid into small 3-D windows, and the tokens of a window attend to each other. In every
-second layer the windows are shifted by half a window, so that information crosses their borders, as
-in Swin (Liu et al. 2021, arXiv 2103.14030). A token attends to the m tokens of its window, however
-long the clip is: the cost is linear in the number of tokens.
+Every scan order separates neighbours (scan.py). So LinGen has a second branch in each block
+(fig. 5). It cuts the grid into small 3-D windows. The tokens of a window attend to each other. In
+every second layer the windows are shifted by half a window, so that information crosses their
+borders, as in Swin (Liu et al. 2021, arXiv 2103.14030). A token attends to the m tokens of its
+window, however long the clip is: the cost is linear in the number of tokens.
 
     even layer, window 4:   0 1 2 3 | 4 5 6 7
     odd layer, shift 2:     0 1 | 2 3 4 5 | 6 7
@@ -16,7 +16,7 @@ The odd layer has cut windows at both ends. Rolling the grid by the shift puts t
 A mask keeps their tokens apart, and excludes the padding of a grid that the window does not divide.
 
 b batch; t, h, w frames, rows, columns of the grid; d width; e width of a head;
-wins windows in the grid; m tokens in a window. Run `python tesa.py` to see the receptive field grow.
+wins windows in the grid; m tokens in a window. Run `python tesa.py`: the receptive field grows.
 """
 
 import torch

@@ -76,7 +76,8 @@ def products_by_hand(config, shape, words):
 def test_the_counter_sees_the_products_counted_by_hand(change):
     config, shape, words = preset("tiny", backend="torch", **change), (16, 6, 6), 5
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        x, condition = torch.empty(1, *shape, config.d_model), torch.empty(1, 1, 1, 1, config.d_model)
+        condition = torch.empty(1, 1, 1, 1, config.d_model)
+        x = torch.empty(1, *shape, config.d_model)
         text = torch.empty(1, words, config.d_model)
         mask = torch.ones(1, 1, 1, words, dtype=torch.bool)
         Block(config, layer=0)(x, condition, text, mask)

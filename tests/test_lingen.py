@@ -280,7 +280,7 @@ def test_wrong_configs_and_clips_that_patches_do_not_fill_raise():
     for name in ("mixer", "predicts", "scan", "backend"):
         with pytest.raises(ValueError, match="'no'"):
             LinGen(config(**{name: "no"}))
-    for changes in (dict(patch=(0, 4, 4)), dict(window=(2, 2, -1)), dict(depth=-1), dict(d_model=0)):
+    for changes in (dict(patch=(0, 4, 4)), dict(window=(2, 2, -1)), dict(d_model=0)):
         with pytest.raises(ValueError, match="sizes must be at least 1"):
             config(**changes)
     for changes in (dict(ma=False, tesa=False), dict(vocab_size=0), dict(text_dim=3)):
