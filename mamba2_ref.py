@@ -132,14 +132,15 @@ def ssd_quadratic(x, dt, a, B, C, state, starts, Q):
 
 
 def masked_matrix(v, a, B, C, state):
-    """One chunk, or the whole sequence: the four steps of the chunked form."""
+    """One chunk, or the whole sequence, in four steps; decay: from the start to each token."""
     v, a, B, C = (t.transpose(1, 2) for t in (v, a, B, C))                  # (b, h, l, .)
-    L, decay = segment_sums(a).exp(), a.cumsum(-1).exp()[..., None]         # (b, h, l, l)
-    # 1. What tokens read from each other. 2. What they add to the state, decayed to the end.
-    y = (L * (C @ B.mT)) @ v                                                # (b, h, l, p)
-    added = v.mT @ (L[:, :, -1, :, None] * B)                               # (b, h, p, n)
-    # 3. What survives of the first state, plus what was added. 4. What tokens read from the first.
-    return (y + decay * (C @ state.mT)).transpose(1, 2), decay[:, :, -1:] * state + added
+    L = segment_sums(a).exp()                                               # (b, h, l, l)
+    decay = a.cumsum(-1).exp()[..., None]                                   # (b, h, l, 1)
+    y = (L * (C @ B.mT)) @ v                    # 1. what tokens read from each other
+    y = y + decay * (C @ state.mT)              # 2. what they read from the first state
+    added = v.mT @ (L[:, :, -1, :, None] * B)   # 3. what they add to it, decayed to the end
+    state = decay[:, :, -1:] * state + added    # 4. the state after the last token
+    return y.transpose(1, 2), state             # (b, l, h, p), (b, h, p, n)
 
 
 # --- Form 3: chunks, or why this is linear --------------------------------------------------------
@@ -155,6 +156,7 @@ def ssd_chunked_plain(x, dt, a, B, C, state, starts, Q):
 
 
 # --- The same arranged for speed ------------------------------------------------------------------
+# A first reader may go on at `ssd_bidirectional`: what follows computes nothing new.
 
 SEGMENT = {"cpu": 2**18, "other": 2**28}        # numbers in the largest tensor of a segment
 
@@ -182,7 +184,7 @@ def in_chunks(t, Q, g):
 
 
 def carry(decay, states):
-    """Step 3, in place: states[j + 1] += decay[j] states[j], from the first border to the last.
+    """Step 4, in place: states[j + 1] += decay[j] states[j], from the first border to the last.
 
     Pairs of chunks are carried like single ones, then the borders inside the pairs follow: the
     number of operations grows with the logarithm of the length."""
@@ -199,8 +201,8 @@ class Chunks:
     def __init__(self, x, dt, a, B, C, starts):
         (N, c, Q, r), p, n = a.shape, x.shape[4], B.shape[3]
         self.inputs, self.dt_heads = (x, B, C), dt.mT.contiguous()          # (N, c, r, Q)
-        # exp(a) as 2^(a log2 e): the same, and several times faster on CPUs. 2^least is 0.
-        least = 1.2 * math.log2(torch.finfo(a.dtype).tiny)
+        # exp(a) as 2^(a log2 e): the same, and several times faster on CPUs.
+        least = 1.2 * math.log2(torch.finfo(a.dtype).tiny)      # 2^least is 0, not even subnormal
         log = (a * math.log2(math.e)).clamp(min=least)
         # Exponents are differences of two running sums: fewer digits than term by term, but fast.
         # Above the diagonal they are positive, and elsewhere by rounding, so they are cut before
@@ -208,29 +210,30 @@ class Chunks:
         sums, most = log.cumsum(2), log.clamp(min=0).sum(2, keepdim=True)
         self.sums, self.most = sums.mT.contiguous(), most.mT[..., None]     # (N, c, r, Q)
         # Decays from a chunk's start to a token, and from there to the end; who may read whom.
-        into, out = sums.exp2(), (sums[:, :, -1:] - sums).clamp(max=most).exp2()
+        from_start, to_end = sums.exp2(), (sums[:, :, -1:] - sums).clamp(max=most).exp2()
         self.mask = a.new_ones(Q, Q).tril().expand(N, c, Q, Q)
         if starts is not None:                              # nothing crosses a sequence's start
             passed = starts.cumsum(2)                                       # (N, c, Q, 1)
-            into = into.masked_fill(passed > 0, 0)
-            out = out.masked_fill(passed < passed[:, :, -1:], 0)
+            from_start = from_start.masked_fill(passed > 0, 0)
+            to_end = to_end.masked_fill(passed < passed[:, :, -1:], 0)
             self.mask = self.mask * (passed == passed.mT)
-        self.into, self.out, self.weight = into[..., None], out[..., None], (out * dt)[..., None]
+        self.from_start, self.to_end = from_start[..., None], to_end[..., None]
+        self.dt_to_end = (to_end * dt)[..., None]
         # A segment stays in a CPU's cache; a GPU takes far more chunks at a time.
         size = SEGMENT["cpu" if x.device.type == "cpu" else "other"]
         step = max(1, size // (N * r * max(Q * Q, Q * p, p * n)))
         self.segments = [slice(i, min(i + step, c)) for i in range(0, c, step)]
 
     def cut(self, k):
-        """Of the chunks k: B, C, v = dt x (N, k, r, Q, p), out v (N, k, Q, r p), the decay of a
-        chunk (N, k, 1, r p), L (N, k, r, Q, Q), and the masked C B^T of all r heads."""
+        """Of the chunks k: B, C, v = dt x (N, k, r, Q, p), v_to_end (N, k, Q, r p), the decay of a
+        chunk (N, k, 1, r p), L (N, k, r, Q, Q), and the masked C B^T (N, k, 1, Q, Q)."""
         x, B, C = (t[:, k] for t in self.inputs)
         v = self.dt_heads[:, k, ..., None] * x.transpose(2, 3)
-        decay = self.into[:, k, -1:, :, 0].repeat_interleave(x.shape[4], 3)
+        decay = self.from_start[:, k, -1:, :, 0].repeat_interleave(x.shape[4], 3)
         L = self.sums[:, k, :, :, None] - self.sums[:, k, :, None]
         L = L.clamp_(max=self.most[:, k]).exp2_()
         G = (C @ B.mT).mul_(self.mask[:, k])[:, :, None]                    # (N, k, 1, Q, Q)
-        return B, C, v, (self.weight[:, k] * x).flatten(3), decay, L, G
+        return B, C, v, (self.dt_to_end[:, k] * x).flatten(3), decay, L, G
 
 
 class FastScan(torch.autograd.Function):
@@ -241,11 +244,11 @@ class FastScan(torch.autograd.Function):
     def forward(ctx, x, dt, a, B, C, state, starts):
         chunks, borders, y = Chunks(x, dt, a, B, C, starts), [], dt.new_empty(x.shape)
         for k in chunks.segments:
-            B_k, C_k, v, out_v, decay, L, G = chunks.cut(k)
-            H = torch.cat([state[:, None], B_k.mT @ out_v], 1)              # (N, k + 1, n, r p)
+            B_k, C_k, v, v_to_end, decay, L, G = chunks.cut(k)
+            H = torch.cat([state[:, None], B_k.mT @ v_to_end], 1)              # (N, k + 1, n, r p)
             carry(decay, H)
             y[:, k] = (L.mul_(G) @ v).transpose(2, 3)                       # (N, k, Q, r, p)
-            y[:, k].addcmul_(chunks.into[:, k], (C_k @ H[:, :-1]).unflatten(3, x.shape[3:]))
+            y[:, k].addcmul_(chunks.from_start[:, k], (C_k @ H[:, :-1]).unflatten(3, x.shape[3:]))
             state = H[:, -1]
             if any(ctx.needs_input_grad):
                 borders.append(H)
@@ -260,38 +263,40 @@ class FastScan(torch.autograd.Function):
         with no_autocast(dy.device):
             chunks, heads = Chunks(x, dt, a, B, C, starts), x.shape[3:]
             for k, H in reversed(list(zip(chunks.segments, borders))):
-                B_k, C_k, v, out_v, decay, L, G = chunks.cut(k)
+                B_k, C_k, v, v_to_end, decay, L, G = chunks.cut(k)
                 # The gradient of the states runs against the states, through the same decays.
-                into_dy = (chunks.into[:, k] * dy[:, k]).flatten(3)         # (N, k, Q, r p)
-                dH = torch.cat([dH[:, None], (C_k.mT @ into_dy).flip(1)], 1)    # (N, k + 1, n, r p)
+                decayed_dy = (chunks.from_start[:, k] * dy[:, k]).flatten(3)    # (N, k, Q, r p)
+                dH = torch.cat([dH[:, None], (C_k.mT @ decayed_dy).flip(1)], 1) # (N, k + 1, n, r p)
                 carry(decay.flip(1), dH)
                 H, leaving, dH = H[:, :-1], dH[:, :-1].flip(1), dH[:, -1]
-                # y = M v + into (C H), M = L o G, G = C B^T; a chunk adds B^T (out v) to the state.
+                # y = M v + from_start (C H), M = L o G, G = C B^T; B^T v_to_end joins the state.
                 dy_k = dy[:, k].transpose(2, 3).contiguous()                # (N, k, r, Q, p)
                 dM = (dy_k @ v.mT).mul_(L)                                  # dM o L
                 dG = dM.sum(2).mul_(chunks.mask[:, k])                      # (N, k, Q, Q)
-                dC[:, k] = dG @ B_k + into_dy @ H.mT
-                dB[:, k] = dG.mT @ C_k + out_v @ leaving.mT
-                d_out_v = B_k @ leaving                                     # (N, k, Q, r p)
+                dC[:, k] = dG @ B_k + decayed_dy @ H.mT
+                dB[:, k] = dG.mT @ C_k + v_to_end @ leaving.mT
+                d_v_to_end = B_k @ leaving                                  # (N, k, Q, r p)
                 dv = dx[:, k].copy_((L.mul_(G).mT @ dy_k).transpose(2, 3))  # (N, k, Q, r, p)
-                dv.addcmul_(chunks.out[:, k], d_out_v.unflatten(3, heads))
+                dv.addcmul_(chunks.to_end[:, k], d_v_to_end.unflatten(3, heads))
                 ddt[:, k] = (x[:, k] * dv).sum(-1)
                 dv.mul_(dt[:, k, ..., None])                                # now dx
                 # dM_ij M_ij is a gradient of the exponent of L_ij, which sums a over j+1..i: rows
-                # minus columns are summed up. Those of into and out span the tokens up to i, and
+                # minus columns are summed up. That of from_start sums a up to i, that of to_end
                 # after j. The diagonal has exponent 0; it would cancel, but not without rounding.
                 dM = dM.mul_(G.tril(-1))
-                d_into = (into_dy * (C_k @ H)).unflatten(3, heads).sum(-1)  # (N, k, Q, r)
-                d_out = (out_v * d_out_v).unflatten(3, heads).sum(-1)
+                d_from_start = (decayed_dy * (C_k @ H)).unflatten(3, heads).sum(-1)  # (N, k, Q, r)
+                d_to_end = (v_to_end * d_v_to_end).unflatten(3, heads).sum(-1)
                 d_decay = ((H * leaving).sum(2, keepdim=True) * decay).unflatten(3, heads).sum(-1)
-                up_to = ((dM.sum(-1) - dM.sum(-2)).mT + d_into).flip(2).cumsum(2).flip(2)
-                da[:, k] = up_to + F.pad(d_out.cumsum(2)[:, :, :-1], (0, 0, 1, 0)) + d_decay
+                up_to = ((dM.sum(-1) - dM.sum(-2)).mT + d_from_start).flip(2).cumsum(2).flip(2)
+                da[:, k] = up_to + F.pad(d_to_end.cumsum(2)[:, :, :-1], (0, 0, 1, 0)) + d_decay
         return dx.to(x.dtype), ddt, da, dB, dC, dH, None
 
 
 def ssd_bidirectional(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None,
                       dt_softplus=False, dt_limit=(0.0, INF), scan=ssd_chunked):
-    """The scan plus the scan of the flipped sequence (LinGen fig. 3); D and the gate on the sum."""
+    """The scan plus the scan of the flipped sequence (LinGen fig. 3); D and the gate on the sum.
+
+    Each token reads itself in both scans, so its own v counts twice."""
     options = dict(dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
     y = scan(x, dt, A, B, C, chunk_size, **options)
     x2, dt2, B2, C2 = (t.flip(1) for t in (x, dt, B, C))
@@ -376,24 +381,23 @@ class Mamba2(nn.Module):
         self.norm = nn.RMSNorm(d_inner)
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
-    def forward(self, u, seq_idx=None):
+    def forward(self, u):
         d_bc = self.ngroups * self.d_state
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.d_inner + 2 * d_bc, self.nheads], -1)
-        x, B, C = F.silu(self.convolve(xBC, seq_idx)).split([self.d_inner, d_bc, d_bc], -1)
+        x, B, C = F.silu(self.convolve(xBC)).split([self.d_inner, d_bc, d_bc], -1)
         x = x.unflatten(-1, (-1, self.headdim))                             # (b, l, h, p)
         B, C = (t.unflatten(-1, (self.ngroups, -1)) for t in (B, C))        # (b, l, g, n)
         A = -self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)).exp()
-        packed = {} if seq_idx is None else {"seq_idx": seq_idx}
         scan = choose_scan(self.backend, u.device, u.dtype)
         if self.both_directions:
             scan = functools.partial(ssd_bidirectional, scan=scan)
         y = scan(x, dt, A, B, C, self.chunk_size, D=self.D, dt_bias=self.dt_bias,
-                 dt_softplus=True, dt_limit=self.dt_limit, **packed)        # (b, l, h, p)
+                 dt_softplus=True, dt_limit=self.dt_limit)                  # (b, l, h, p)
         y = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.ngroups, -1))    # RMS norm per group
         y = F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(-2) * self.norm.weight
         return self.out_proj(y)
 
-    def convolve(self, x, seq_idx):
+    def convolve(self, x):
         """conv1d as d_conv shifted multiply-adds: several times faster on CPUs. x (b, l, d)."""
         l, k = x.shape[1], self.d_conv
         ahead = k // 2 if self.both_directions else 0       # taps that read later tokens
@@ -401,11 +405,7 @@ class Mamba2(nn.Module):
         weight = self.conv1d.weight[:, 0].mT.to(x.dtype)                    # (k, d)
         out = x.new_zeros(1) if self.conv1d.bias is None else self.conv1d.bias.to(x.dtype)
         for tap in range(k):
-            shifted = padded[:, tap : tap + l]
-            if seq_idx is not None and tap < k - 1:     # no tap reaches into another sequence
-                there = F.pad(seq_idx, (k - 1 - tap, 0), value=-1)[:, :l]
-                shifted = shifted * (there == seq_idx)[..., None]
-            out = torch.addcmul(out, shifted, weight[tap])
+            out = torch.addcmul(out, padded[:, tap : tap + l], weight[tap])
         return out
 
 
