@@ -30,7 +30,7 @@ from tesa import TemporalSwinAttention, rotary, rotate
 
 @dataclasses.dataclass(frozen=True)
 class LinGenConfig:
-    """All settings of a model; tuples are (t, h, w). ValueError for what cannot be built."""
+    """All settings of a model; tuples are (t, h, w). ValueError for impossible ones."""
 
     # The clip and its caption.
     channels: int = 3
@@ -65,8 +65,8 @@ class LinGenConfig:
         if self.mixer not in ("mate", "attention") or self.predicts not in ("clean", "velocity"):
             raise ValueError(f"unknown: mixer {self.mixer!r} or predicts {self.predicts!r}")
         sizes = (*self.patch, *self.pool, *self.window, self.channels, self.d_model, self.nheads)
-        if min(sizes) < 1 or min(*self.grid, self.depth) < 0:
-            raise ValueError(f"sizes must be at least 1, depth and grid at least 0: {self}")
+        if min(sizes) < 1 or min(*self.grid, self.depth) < 0 or self.d_model % (2 * self.nheads):
+            raise ValueError(f"sizes must be at least 1, and 2 * nheads divide d_model: {self}")
         if (self.vocab_size > 0) == (self.text_dim > 0) or not (self.ma or self.tesa):
             raise ValueError("set vocab_size or text_dim, not both; keep ma or tesa")
 
@@ -75,7 +75,7 @@ class LinGenConfig:
 LATENT = dict(channels=16, patch=(1, 2, 2), grid=(34, 16, 16), predicts="velocity",
               pool=(4, 4, 4), window=(8, 4, 4), headdim=64, expand=2.0, chunk_size=64)  # fmt: skip
 PRESETS = {
-    "tiny": dict(vocab_size=21),  # trains on a laptop; no table along time: clips of any length
+    "tiny": dict(vocab_size=21),  # trains on a laptop
     "small": dict(LATENT, text_dim=1024, d_model=768, depth=16, nheads=12, d_state=64),  # a GPU
     # The size of the paper's model. Its widths are not published; these give 4 billion parameters.
     "4b": dict(LATENT, text_dim=4096, d_model=2304, depth=27, nheads=18, d_state=128),
@@ -104,7 +104,7 @@ def review_tokens(grid, pool):
 class MATE(nn.Module):
     """MA-branch plus TE-branch (fig. 2): grid (b, t, h, w, d) -> the same shape.
 
-    Review tokens stand at both ends, so that each direction reads them first; their outputs go.
+    Review tokens stand at both ends, where each direction reads them first. Their outputs are cut.
     """
 
     def __init__(self, config, layer=0):
@@ -123,7 +123,7 @@ class MATE(nn.Module):
         if self.ma is None:
             return self.tesa(grid)
         tokens = to_sequence(grid, self.order)  # (b, l, d)
-        review = tokens[:, :0]
+        review = tokens[:, :0]  # none
         if self.pool is not None:
             review = to_sequence(review_tokens(grid, self.pool), self.order)  # (b, r, d)
         out = self.ma(torch.cat([review, tokens, review], 1))  # (b, r + l + r, d)
@@ -133,7 +133,7 @@ class MATE(nn.Module):
 
 
 class Attention(nn.Module):
-    """Softmax attention of x (b, ..., d) to the caption: text (b, n, d), mask (b, 1, 1, n)."""
+    """Softmax attention of x (b, ..., d) to text (b, n, d), with mask (b, 1, 1, n)."""
 
     def __init__(self, d_model, nheads):
         super().__init__()
@@ -143,9 +143,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(d_model, d_model)
 
     def forward(self, x, text, mask=None, rope=None):
-        q, kv, sizes = self.q(x), self.kv(text), dict(heads=self.nheads)
-        q = rearrange(q, "b ... (heads e) -> b heads (...) e", **sizes)
-        k, v = rearrange(kv, "b ... (two heads e) -> two b heads (...) e", two=2, **sizes)
+        q, kv, n = self.q(x), self.kv(text), self.nheads
+        q = rearrange(q, "b ... (heads e) -> b heads (...) e", heads=n)
+        k, v = rearrange(kv, "b ... (two heads e) -> two b heads (...) e", two=2, heads=n)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # scores (b, heads, l, n)
@@ -169,8 +169,8 @@ def modulate(x, scale, shift):
 class Block(nn.Module):
     """MATE (or full attention), cross-attention to the caption, feed-forward; each is added to x.
 
-    adaLN-Zero (DiT): the condition, from time and caption, sets scale and shift of two norms, and
-    two gates, which start at 0. x (b, t, h, w, d); condition (b, 1, 1, 1, d).
+    adaLN-Zero (DiT): the condition (b, 1, 1, 1, d), from time and caption, sets scale and shift of
+    two norms, and two gates, which start at 0. Cross-attention has none. x (b, t, h, w, d).
     """
 
     def __init__(self, config, layer):
@@ -197,11 +197,11 @@ class LinGen(nn.Module):
         self.config, d = config, config.d_model
         per_patch = config.channels * math.prod(config.patch)
         self.patch_in = nn.Linear(per_patch, d)
-        # One learnt table per axis, added: factorised, as in Movie Gen (arXiv 2410.13720).
+        # One learnt table per axis, as in Movie Gen (arXiv 2410.13720). Choice: added once, here.
         tables = {axis: 0.02 * torch.randn(n, d) for axis, n in zip("thw", config.grid) if n}
         self.positions = nn.ParameterDict(tables)
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
-        self.null_embedding = nn.Parameter(0.02 * torch.randn(d))  # before every caption
+        self.null_embedding = nn.Parameter(0.02 * torch.randn(d))  # a key without caption
         if config.vocab_size:
             self.words = nn.Embedding(config.vocab_size + 1, d, padding_idx=0)
         else:
@@ -220,7 +220,7 @@ class LinGen(nn.Module):
             the patch; one frame, a still picture, is always allowed. Else ValueError.
         t (b,): the time of each clip, in [0, 1].
         text: word numbers (b, n), 0 for padding; or embeddings (b, n, text_dim).
-        mask (b, n): True where a word stands; by default where the word number is not 0.
+        mask (b, n): True where a word stands; by default where the word number is not 0, or all.
         """
         config, (pt, ph, pw), still = self.config, self.config.patch, clip.shape[2] == 1
         if still:  # a picture is repeated to fill its patch, and the output is averaged
@@ -239,8 +239,8 @@ class LinGen(nn.Module):
         null = self.null_embedding.expand(len(text), 1, -1)
         text = torch.cat([null, self.words(text)], 1)  # (b, 1 + n, d)
         mask = F.pad(mask, (1, 0), value=True)  # (b, 1 + n)
-        # Choice: the caption's mean is added to the time embedding. What holds for the whole clip,
-        # as its colour, is then learnt sooner. Movie Gen has cross-attention alone.
+        # Choice: the mean of the caption is added to the time embedding, so that it reaches every
+        # norm. Movie Gen has cross-attention alone.
         mean = (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (b, d)
         condition = self.time(time_embedding(t).to(x.dtype)) + mean
         condition = condition[:, None, None, None]  # (b, 1, 1, 1, d)
@@ -248,8 +248,7 @@ class LinGen(nn.Module):
             x = block(x, condition, text, mask[:, None, None])
         scale, shift = self.modulation(condition).chunk(2, -1)
         pattern = "b t h w (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
-        x = self.patch_out(modulate(x, scale, shift))
-        out = rearrange(x, pattern, pt=pt, ph=ph, pw=pw)
+        out = rearrange(self.patch_out(modulate(x, scale, shift)), pattern, pt=pt, ph=ph, pw=pw)
         return out.mean(2, keepdim=True) if still else out
 
 
@@ -269,12 +268,13 @@ def time_embedding(t):
 
 
 if __name__ == "__main__":
-    print("tiny, 24 x 24 pixels: operations of a forward pass in GFLOPs")
+    print("tiny, 24 x 24 pixels: GFLOPs of the matrix products in a forward pass")
     print(f"{'frames':>6} {'tokens':>7} {'LinGen':>7} {'DiT':>7}")
     for frames in (16, 64, 272, 1088):
-        print(f"{frames:6} {frames // 4 * 36:7,}", end="")
+        flops = []
         for mixer in ("mate", "attention"):
             with torch.device("meta"), FlopCounterMode(display=False) as counter:
                 model = LinGen(preset("tiny", mixer=mixer, backend="torch"))
                 model(torch.empty(1, 3, frames, 24, 24), torch.empty(1), torch.ones(1, 5).long())
-            print(f" {counter.get_total_flops() / 1e9:7,.1f}", end="\n" * (mixer != "mate"))
+            flops.append(counter.get_total_flops() / 1e9)
+        print(f"{frames:6} {frames // 4 * 36:7,} {flops[0]:7,.1f} {flops[1]:7,.1f}")

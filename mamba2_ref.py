@@ -2,21 +2,21 @@
 
 Dao and Gu 2024, "state-space duality", arXiv 2405.21060; LinGen fig. 3. A *selective state space
 model* can be read as a recurrence, as a masked attention matrix, or as chunks that use the matrix
-inside and the recurrence between. Per head, with v_t = dt_t x_t and a_t = dt_t A <= 0:
+inside and the recurrence between. Per head, with v_t = dt_t x_t, a_t = dt_t A and A < 0:
 
     recurrent   h_t = exp(a_t) h_{t-1} + v_t B_t^T      y_t = h_t C_t
     quadratic   y   = (L o C B^T) v                     L_ij = exp(a_{j+1} + ... + a_i) for i >= j
     chunked     the quadratic form inside each chunk of Q tokens, one state per chunk for the past
 
-In words: the state h is a small matrix. Each token fades it by exp(a_t), writes v_t into it at the
-address B_t, and reads it at the address C_t. *Selective* means that dt, B and C are made from the
-token itself: a large dt forgets and writes much, a dt near 0 lets the token pass by. L_ij is what
-is left of token j when token i reads, and C_i B_j is how well their addresses meet (o multiplies
-entry by entry). All three are the same function; the recurrence in float64 is the judge.
+The state h_t is a p x n matrix, 0 before the first token. Each token multiplies it by exp(a_t) and
+adds v_t B_t^T; the output is h_t times C_t. So C_t works as a query, B_t as a key, v_t as a value.
+*Selective* means that dt, B and C depend on the input: a large dt forgets the past and adds much,
+dt = 0 changes nothing. L_ij is the decay from token j to token i (o multiplies entry by entry). All
+three are the same function; the tests compare each with the recurrence in float64.
 
     b batch   l length   h heads   p headdim   n d_state   g groups of heads that share B and C
     r = h / g heads of a group     c chunks    Q chunk_size    i, j positions    h_t: the state
-    x, y, z (b, l, h, p)   dt (b, l, h)   A (h)   B, C (b, l, g, n)   state (b, h, p, n)
+    x, y, z, v (b, l, h, p)   dt, a (b, l, h)   A (h)   B, C (b, l, g, n)   state (b, h, p, n)
 """
 import functools
 import importlib
@@ -32,11 +32,11 @@ from torch import nn
 INF = math.inf
 
 
-# --- What mamba-ssm adds around the scan, for all forms -------------------------------------------
+# --- What mamba-ssm adds around the scan; a first reader may begin at form 1 ----------------------
 
 def with_options(form):
-    """Give a form the arguments of mamba-ssm's scan. The form sees the final steps dt, a = dt A,
-    the first state, and `starts` (b, l), True where a packed sequence begins, or None."""
+    """Give a form the arguments of mamba-ssm's scan, but cu_seqlens. The form sees the final dt,
+    a = dt A, the first state, and `starts` (b, l), True where seq_idx changes, or None."""
     def ssd(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None, initial_states=None,
             seq_idx=None, dt_softplus=False, dt_limit=(0.0, INF), return_final_states=False):
         if dt.shape != x.shape[:3] or B.shape != C.shape or x.shape[2] % B.shape[2]:
@@ -66,7 +66,7 @@ def with_options(form):
 
     chunk_size: tokens per chunk, at least 1. It changes the speed; two of the forms ignore it.
     D (h) or (h, p): skip, y + D x. z (b, l, h, p): gate, y silu(z), after the skip.
-    dt_bias (h), dt_softplus, dt_limit: the step is clamp(softplus(dt + dt_bias), *dt_limit).
+    dt_bias (h), dt_softplus, dt_limit: dt becomes clamp(softplus or identity (dt + dt_bias)).
     initial_states (b, h, p, n): the state before the first token.
     seq_idx (b, l), integer: several sequences packed in one row; where the number changes, the
         state is emptied. The initial state belongs to the first sequence.
@@ -75,8 +75,7 @@ def with_options(form):
 
 
 def no_autocast(device):
-    """In bfloat16 a running sum stops moving once it is 256 times what is added."""
-    # TF32 is another matter: see torch.set_float32_matmul_precision.
+    """A context without autocast, which would round the operands of products to bfloat16."""
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
@@ -93,7 +92,7 @@ def skip_and_gate(y, x, D, z):
 
 @with_options
 def ssd_recurrent(x, dt, a, B, C, state, starts, Q):
-    """The recurrence, one token at a time: slow, obvious, in float64 the judge of all else."""
+    """The recurrence, one token at a time: slow, and in float64 the judge of all else."""
     v, a, B, C = per_head(x, dt, a, B, C, starts)
     ys = []
     for t in range(x.shape[1]):
@@ -115,8 +114,8 @@ def per_head(x, dt, a, B, C, starts):
 def segment_sums(a):
     """(..., l) -> (..., l, l): a_{j+1} + ... + a_i for i >= j, and -inf above the diagonal.
 
-    Summed term by term: a difference of two running sums would lose digits. Masked before the
-    exponential: it would overflow, and 0 * inf = NaN would follow in the backward pass."""
+    Summed term by term: a difference of two running sums would lose digits. Above the diagonal
+    the sum would be 0 and its exponential 1; -inf makes it 0."""
     l = a.shape[-1]
     lower = torch.ones(l, l, dtype=torch.bool, device=a.device).tril()
     sums = a[..., None].expand(*a.shape, l).masked_fill(~lower.tril(-1), 0).cumsum(-2)
@@ -127,15 +126,15 @@ def segment_sums(a):
 def ssd_quadratic(x, dt, a, B, C, state, starts, Q):
     """The same as one lower-triangular attention matrix per head: O(l^2) time and memory.
 
-    L o (C B^T) is attention without softmax: C asks, B answers, v is the value, and L forgets."""
-    return masked_matrix(*per_head(x, dt, a, B, C, starts), state)
+    L o (C B^T) is attention without softmax: C is the query, B the key, v the value, L a mask."""
+    return one_chunk(*per_head(x, dt, a, B, C, starts), state)
 
 
-def masked_matrix(v, a, B, C, state):
-    """One chunk, or the whole sequence, in four steps; decay: from the start to each token."""
+def one_chunk(v, a, B, C, state):
+    """One chunk (or the whole sequence), in four steps -> its outputs and the state after it."""
     v, a, B, C = (t.transpose(1, 2) for t in (v, a, B, C))                  # (b, h, l, .)
     L = segment_sums(a).exp()                                               # (b, h, l, l)
-    decay = a.cumsum(-1).exp()[..., None]                                   # (b, h, l, 1)
+    decay = a.cumsum(-1).exp()[..., None]       # from the state before token 0: (b, h, l, 1)
     y = (L * (C @ B.mT)) @ v                    # 1. what tokens read from each other
     y = y + decay * (C @ state.mT)              # 2. what they read from the first state
     added = v.mT @ (L[:, :, -1, :, None] * B)   # 3. what they add to it, decayed to the end
@@ -147,10 +146,10 @@ def masked_matrix(v, a, B, C, state):
 
 @with_options
 def ssd_chunked_plain(x, dt, a, B, C, state, starts, Q):
-    """The matrix inside each chunk, the state from chunk to chunk: the twin of `ssd_chunked`."""
+    """The matrix inside each chunk, the state from chunk to chunk: what `ssd_chunked` computes."""
     ys, inputs = [], per_head(x, dt, a, B, C, starts)
     for chunk in zip(*(t.split(Q, 1) for t in inputs)):
-        y, state = masked_matrix(*chunk, state)
+        y, state = one_chunk(*chunk, state)
         ys.append(y)
     return torch.cat(ys, 1), state
 
@@ -165,8 +164,8 @@ SEGMENT = {"cpu": 2**18, "other": 2**28}        # numbers in the largest tensor 
 def ssd_chunked(x, dt, a, B, C, state, starts, Q):
     """The chunked scan, O(length) in time and memory: what the layers run on."""
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    # N = b g rows: the r heads of a group are the columns of one wide product with B or C.
-    state = state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3).reshape(b * g, n, -1)
+    # N = b g rows. The heads of a group share B and C: one product makes its r p columns.
+    state = state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3).reshape(b * g, n, -1)    # (N, n, rp)
     if starts is not None:
         starts = in_chunks(starts[..., None].expand(b, l, g), Q, g)         # (N, c, Q, 1)
     x, dt, a, B, C = (in_chunks(t, Q, g) for t in (x, dt, a, B, C))         # x (N, c, Q, r, p)
@@ -176,7 +175,7 @@ def ssd_chunked(x, dt, a, B, C, state, starts, Q):
 
 
 def in_chunks(t, Q, g):
-    """(b, l, g r, ...) -> (N, c, Q, r, ...): a view where g = 1 and Q divides l."""
+    """(b, l, g r, ...) -> (N, c, Q, r, ...). Padded with 0: a token of dt = 0 changes no state."""
     missing = -t.shape[1] % Q
     if missing:
         t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing))
@@ -186,8 +185,8 @@ def in_chunks(t, Q, g):
 def carry(decay, states):
     """Step 4, in place: states[j + 1] += decay[j] states[j], from the first border to the last.
 
-    Pairs of chunks are carried like single ones, then the borders inside the pairs follow: the
-    number of operations grows with the logarithm of the length."""
+    Pairs of chunks are carried like single ones, then the borders inside the pairs follow. The
+    arithmetic is linear in the number of chunks, the number of calls logarithmic."""
     even, odd, pairs = states[:, ::2], states[:, 1::2], decay.shape[1] // 2
     if pairs:
         even[:, 1:].addcmul_(decay[:, 1::2], odd[:, :pairs])
@@ -201,13 +200,13 @@ class Chunks:
     def __init__(self, x, dt, a, B, C, starts):
         (N, c, Q, r), p, n = a.shape, x.shape[4], B.shape[3]
         self.inputs, self.dt_heads = (x, B, C), dt.mT.contiguous()          # (N, c, r, Q)
-        # exp(a) as 2^(a log2 e): the same, and several times faster on CPUs.
+        # exp(a) as 2^(a log2 e): on CPUs exp is many times slower where its result underflows.
         least = 1.2 * math.log2(torch.finfo(a.dtype).tiny)      # 2^least is 0, not even subnormal
-        log = (a * math.log2(math.e)).clamp(min=least)
+        log2 = (a * math.log2(math.e)).clamp(min=least)         # finite, or inf - inf would follow
         # Exponents are differences of two running sums: fewer digits than term by term, but fast.
-        # Above the diagonal they are positive, and elsewhere by rounding, so they are cut before
-        # exp: at 0, unless A > 0 lets the state grow.
-        sums, most = log.cumsum(2), log.clamp(min=0).sum(2, keepdim=True)
+        # By rounding, and above the diagonal, they can be positive. So they are cut before exp2:
+        # at 0, or where A > 0 lets the state grow, at the sum of the positive terms.
+        sums, most = log2.cumsum(2), log2.clamp(min=0).sum(2, keepdim=True)
         self.sums, self.most = sums.mT.contiguous(), most.mT[..., None]     # (N, c, r, Q)
         # Decays from a chunk's start to a token, and from there to the end; who may read whom.
         from_start, to_end = sums.exp2(), (sums[:, :, -1:] - sums).clamp(max=most).exp2()
@@ -225,8 +224,8 @@ class Chunks:
         self.segments = [slice(i, min(i + step, c)) for i in range(0, c, step)]
 
     def cut(self, k):
-        """Of the chunks k: B, C, v = dt x (N, k, r, Q, p), v_to_end (N, k, Q, r p), the decay of a
-        chunk (N, k, 1, r p), L (N, k, r, Q, Q), and the masked C B^T (N, k, 1, Q, Q)."""
+        """Of K chunks, the slice k: B, C, v = dt x (N, K, r, Q, p), v_to_end (N, K, Q, r p), decay
+        of a chunk (N, K, 1, r p), L (N, K, r, Q, Q) without mask, masked C B^T (N, K, 1, Q, Q)."""
         x, B, C = (t[:, k] for t in self.inputs)
         v = self.dt_heads[:, k, ..., None] * x.transpose(2, 3)
         decay = self.from_start[:, k, -1:, :, 0].repeat_interleave(x.shape[4], 3)
@@ -237,7 +236,7 @@ class Chunks:
 
 
 class FastScan(torch.autograd.Function):
-    """The four steps of `masked_matrix`, some chunks at a time. Kept for the backward pass are
+    """The four steps of `one_chunk`, some chunks at a time. Kept for the backward pass are
     the inputs and the states at the borders of chunks; the matrices are made again."""
 
     @staticmethod
@@ -268,35 +267,36 @@ class FastScan(torch.autograd.Function):
                 decayed_dy = (chunks.from_start[:, k] * dy[:, k]).flatten(3)    # (N, k, Q, r p)
                 dH = torch.cat([dH[:, None], (C_k.mT @ decayed_dy).flip(1)], 1) # (N, k + 1, n, r p)
                 carry(decay.flip(1), dH)
-                H, leaving, dH = H[:, :-1], dH[:, :-1].flip(1), dH[:, -1]
+                H, dH_out, dH = H[:, :-1], dH[:, :-1].flip(1), dH[:, -1]
                 # y = M v + from_start (C H), M = L o G, G = C B^T; B^T v_to_end joins the state.
                 dy_k = dy[:, k].transpose(2, 3).contiguous()                # (N, k, r, Q, p)
-                dM = (dy_k @ v.mT).mul_(L)                                  # dM o L
-                dG = dM.sum(2).mul_(chunks.mask[:, k])                      # (N, k, Q, Q)
+                dM_L = (dy_k @ v.mT).mul_(L)                                # dM o L
+                dG = dM_L.sum(2).mul_(chunks.mask[:, k])                      # (N, k, Q, Q)
                 dC[:, k] = dG @ B_k + decayed_dy @ H.mT
-                dB[:, k] = dG.mT @ C_k + v_to_end @ leaving.mT
-                d_v_to_end = B_k @ leaving                                  # (N, k, Q, r p)
+                dB[:, k] = dG.mT @ C_k + v_to_end @ dH_out.mT
+                d_v_to_end = B_k @ dH_out                                  # (N, k, Q, r p)
                 dv = dx[:, k].copy_((L.mul_(G).mT @ dy_k).transpose(2, 3))  # (N, k, Q, r, p)
                 dv.addcmul_(chunks.to_end[:, k], d_v_to_end.unflatten(3, heads))
-                ddt[:, k] = (x[:, k] * dv).sum(-1)
+                ddt[:, k] = (x[:, k] * dv).sum(-1)      # through v; autograd adds that through a
                 dv.mul_(dt[:, k, ..., None])                                # now dx
-                # dM_ij M_ij is a gradient of the exponent of L_ij, which sums a over j+1..i: rows
-                # minus columns are summed up. That of from_start sums a up to i, that of to_end
-                # after j. The diagonal has exponent 0; it would cancel, but not without rounding.
-                dM = dM.mul_(G.tril(-1))
+                # E = dM o M is the gradient of L's exponents. a_m stands in those with j < m <= i:
+                # sum rows minus columns of E from m to the end. It stands also in from_start of
+                # i >= m, in to_end of j < m, and in the chunk's decay. The diagonal has exponent
+                # 0: it would cancel, but not without rounding.
+                E = dM_L.mul_(G.tril(-1))
                 d_from_start = (decayed_dy * (C_k @ H)).unflatten(3, heads).sum(-1)  # (N, k, Q, r)
                 d_to_end = (v_to_end * d_v_to_end).unflatten(3, heads).sum(-1)
-                d_decay = ((H * leaving).sum(2, keepdim=True) * decay).unflatten(3, heads).sum(-1)
-                up_to = ((dM.sum(-1) - dM.sum(-2)).mT + d_from_start).flip(2).cumsum(2).flip(2)
+                d_decay = ((H * dH_out).sum(2, keepdim=True) * decay).unflatten(3, heads).sum(-1)
+                up_to = ((E.sum(-1) - E.sum(-2)).mT + d_from_start).flip(2).cumsum(2).flip(2)
                 da[:, k] = up_to + F.pad(d_to_end.cumsum(2)[:, :, :-1], (0, 0, 1, 0)) + d_decay
         return dx.to(x.dtype), ddt, da, dB, dC, dH, None
 
 
 def ssd_bidirectional(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None,
                       dt_softplus=False, dt_limit=(0.0, INF), scan=ssd_chunked):
-    """The scan plus the scan of the flipped sequence (LinGen fig. 3); D and the gate on the sum.
+    """scan(x) + flip(scan(flip(x))) (LinGen fig. 3), all inputs flipped; D and the gate on the sum.
 
-    Each token reads itself in both scans, so its own v counts twice."""
+    The diagonal term (C_i B_i) v_i is in both scans, so it counts twice."""
     options = dict(dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
     y = scan(x, dt, A, B, C, chunk_size, **options)
     x2, dt2, B2, C2 = (t.flip(1) for t in (x, dt, B, C))
@@ -349,7 +349,7 @@ def choose_scan(backend, device, dtype=torch.float32):
 class Mamba2(nn.Module):
     """The Mamba2 layer: u (b, l, d_model) -> (b, l, d_model), each output seeing the tokens so far.
 
-    One projection makes z, x, B, C and dt. A short depthwise convolution lets x, B and C see their
+    One projection makes z, x, B, C and dt. A short depthwise convolution lets x, B and C see the
     last d_conv tokens; then the scan, the gated norm, and the projection back. The parameters are
     those of `mamba_ssm.modules.mamba2.Mamba2`: a state_dict of the one loads into the other."""
 
@@ -398,7 +398,7 @@ class Mamba2(nn.Module):
         return self.out_proj(y)
 
     def convolve(self, x):
-        """conv1d as d_conv shifted multiply-adds: several times faster on CPUs. x (b, l, d)."""
+        """conv1d as d_conv shifted multiply-adds: no transposition. x (b, l, d) -> the same."""
         l, k = x.shape[1], self.d_conv
         ahead = k // 2 if self.both_directions else 0       # taps that read later tokens
         padded = F.pad(x, (0, 0, k - 1 - ahead, ahead))
@@ -411,9 +411,9 @@ class Mamba2(nn.Module):
 
 class BidirectionalMamba2(Mamba2):
     """Mamba2 in both directions: every output sees every token.
-    Choice, the paper being silent: both directions share all weights, so that a state_dict of
-    Mamba2 loads, and their outputs are added before the gated norm. The convolution looks to both
-    sides: with d_conv = 4 at one token before, the token itself and two after."""
+    Choices: both directions share all weights, so that a state_dict of Mamba2 loads. Their outputs
+    are added before the gated norm. The convolution reads both sides: with d_conv = 4 one token
+    before, the token itself and two after."""
 
     both_directions = True
 

@@ -12,10 +12,11 @@ to layer, so that each axis is the fastest one in some layer.
     3             temporal-column    (x*H + y)*T + t
 
 Each order only permutes the axes, which costs one strided copy (for spatial-row not even that). The
-zigzag is the paper's baseline (table 2, fig. 11b). It reverses every second row and every second
-frame. That is no permutation of axes: it needs an index for every token.
+zigzag is the paper's baseline (table 2, fig. 11b). The direction alternates from row to row, and
+the order of rows from frame to frame. That is no permutation of axes: every token needs an index.
 
-b batch; t, h, w frames, rows, columns; d width of a token; l = t*h*w length of the sequence.
+b batch; T, H, W (t, h, w in shapes) frames, rows, columns; t, y, x place of a token; d its width;
+l = T*H*W length of the sequence.
 
 Run it: `python scan.py` prints how far apart neighbours land in each order.
 """
@@ -75,7 +76,7 @@ def zigzag_index(t, h, w, device=None):
     row = place // w  # counted over all frames
     frame, y, x = row // h, row % h, place % w
     y = torch.where(frame % 2 == 0, y, h - 1 - y)
-    # x reverses at every row of the whole clip, so its parity is that of row, not of y.
+    # x changes its direction at every row of the whole clip: the parity of row counts, not of y.
     x = torch.where(row % 2 == 0, x, w - 1 - x)
     return (frame * h + y) * w + x
 

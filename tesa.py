@@ -16,7 +16,7 @@ The odd layer has cut windows at both ends. Rolling the grid by the shift puts t
 A mask keeps their tokens apart, and excludes the padding of a grid that the window does not divide.
 
 b batch; t, h, w frames, rows, columns of the grid; d width; e width of a head;
-wins windows in the grid; m tokens in a window. Run `python tesa.py`: the receptive field grows.
+wins windows in the grid; m tokens in a window. Run `python tesa.py`: how far information spreads.
 """
 
 import torch
@@ -42,28 +42,28 @@ def windows(shape, window, shift, device=None):
     for axis, (size, win, by) in enumerate(zip(shape, window, shift)):
         place = torch.arange(size, device=device) + -by % win
         along = (place // win).view([-1 if i == axis else 1 for i in range(3)])
-        number = number * (size // win + 2) + along  # one digit for each axis
+        number = number * (size // win + 2) + along  # along is below size // win + 2
     return number
 
 
 def partition(grid, window, shift):
-    """Pad, roll and cut a grid into windows: (b, t, h, w, d) -> (b, wins, m, d)."""
+    """Pad, roll and cut a grid into fitted windows: (b, t, h, w, d) -> (b, wins, m, d)."""
     pad = [-size % win for size, win in zip(grid.shape[1:4], window)]
     if any(pad):  # at the far end of each axis; F.pad counts axes from the last one
         grid = F.pad(grid, (0, 0, 0, pad[2], 0, pad[1], 0, pad[0]))
     if any(shift):
         grid = grid.roll([-by for by in shift], (1, 2, 3))
-    t, h, w = window
-    pattern = "b (wt t) (wh h) (ww w) d -> b (wt wh ww) (t h w) d"
-    return rearrange(grid, pattern, t=t, h=h, w=w)
+    m1, m2, m3 = window
+    pattern = "b (t m1) (h m2) (w m3) d -> b (t h w) (m1 m2 m3) d"
+    return rearrange(grid, pattern, m1=m1, m2=m2, m3=m3)
 
 
 def unpartition(parts, shape, window, shift):
     """The inverse of `partition`: (b, wins, m, d) -> (b, t, h, w, d), without the padding."""
-    t, h, w = window
-    wt, wh, _ = (-(-size // win) for size, win in zip(shape, window))
-    pattern = "b (wt wh ww) (t h w) d -> b (wt t) (wh h) (ww w) d"
-    grid = rearrange(parts, pattern, wt=wt, wh=wh, t=t, h=h, w=w)
+    m1, m2, m3 = window
+    t, h, _ = (-(-size // win) for size, win in zip(shape, window))  # windows along each axis
+    pattern = "b (t h w) (m1 m2 m3) d -> b (t m1) (h m2) (w m3) d"
+    grid = rearrange(parts, pattern, t=t, h=h, m1=m1, m2=m2, m3=m3)
     if any(shift):
         grid = grid.roll(shift, (1, 2, 3))
     return grid[:, : shape[0], : shape[1], : shape[2]]
@@ -84,11 +84,11 @@ def rotary(shape, e, dtype, device=None, longest=16):
     """Rotary position embedding (RoPE; Su et al. 2021, arXiv 2104.09864) in three dimensions.
 
     shape (t, h, w), m tokens -> cosines and sines, (m, e // 2) each. The pairs of features take the
-    axes t, h, w in turn, with wavelengths from 2 tokens up to `longest`.
+    axes t, h, w in turn, with wavelengths between 2 and `longest` tokens.
     """
     dtype = torch.promote_types(dtype, torch.float32)  # bfloat16 would round positions
     pair = torch.arange(e // 2, device=device)
-    exponent = ((pair // 3).to(dtype) + 0.5) / -(-e // 6)  # in (0, 1)
+    exponent = ((pair // 3).to(dtype) + 0.5) / -(-e // 6)  # over ceil(e / 6): in (0, 1)
     frequency = torch.pi * (longest / 2) ** -exponent
     place = torch.cartesian_prod(*(torch.arange(size, device=device) for size in shape))  # (m, 3)
     angles = place[:, pair % 3] * frequency  # (m, e // 2)
@@ -106,7 +106,7 @@ class TemporalSwinAttention(nn.Module):
     """TESA (fig. 5): (b, t, h, w, d) -> the same shape and dtype, for any t, h, w >= 1.
 
     window (t, h, w) in tokens; shift (t, h, w), 0 in even layers and half a window in odd ones.
-    Raises ValueError for a width that 2 * nheads does not divide, or a shift beyond the window.
+    Raises ValueError for a width that 2 * nheads does not divide, or unless 0 <= shift < window.
     Choice: RoPE inside the window, where Swin has a learnt bias for each offset.
     """
 
@@ -142,7 +142,7 @@ if __name__ == "__main__":
     shape, window = (16, 8, 8), (4, 4, 4)
     reached = torch.zeros(shape, dtype=torch.bool)
     reached[8, 4, 4] = True
-    print(f"grid {shape}, windows {window}: the receptive field of the middle token\n")
+    print(f"grid {shape}, windows {window}: how far the middle token's information spreads\n")
     for layer in range(6):
         number = windows(shape, window, [size // 2 * (layer % 2) for size in window])
         reached = torch.isin(number, number[reached])
