@@ -271,7 +271,7 @@ def main():
     add("--checkpoint", default=Path(__file__).parent / "assets" / "tiny.pt")
     for field in dataclasses.fields(Settings):
         add(f"--{field.name}", type=field.type, default=argparse.SUPPRESS)
-    add("--device", help="default: an accelerator, else cpu")
+    add("--device", help="an accelerator if there is one, else cpu")
     add("--backend", choices=mamba2_ref.BACKENDS, help="of the Mamba2 scan")
     add("--read", metavar="CLIP", help="print the settings inside a clip, and stop")
     args = parser.parse_args()

@@ -13,6 +13,7 @@ b clips; t (b,) the time of the flow: 0 noise, 1 data. Clips are (b, 3, frames, 
 import argparse
 import ast
 import collections
+import copy
 import dataclasses
 import io
 import math
@@ -40,7 +41,7 @@ STAGES = (Stage(1, 112, 0.1), Stage(4, 84, 0.1), Stage(16, 28, 0.8))
 PICTURES_EVERY = 8  # hybrid training: every eighth step is on pictures
 NO_CAPTION = 0.05  # share of empty captions, for classifier-free guidance
 LEFT_OUT = 0.1  # share of captions that may leave out colour, shape or direction
-CLAMP = 0.4  # the smallest 1 - t in the loss
+CLAMP = 0.4  # the smallest 1 - t in the loss, or late times would dominate
 
 
 def stage_at(step, steps):
@@ -51,16 +52,11 @@ def stage_at(step, steps):
     for stage in STAGES:
         done += stage.share
         if step < round(done * steps):
-            break
-    return stage
+            return stage
 
 
 def draw_times(n, frames, generator):
-    """Times t (n,) to train at: logit-normal (SD3, Movie Gen), a fifth of them uniform.
-
-    The mean of logit t is -1.5 for 16 frames. That is near the noise, because a large flat shape is
-    visible through much noise. Longer clips reveal more, so their mean is lower.
-    """
+    """Times (n,) to train at: logit-normal (SD3), lower for longer clips; a fifth is uniform."""
     logit = -1.5 - 0.5 * math.log(frames / 16) + 1.2 * torch.randn(n, generator=generator)
     uniform, chance = torch.rand(2, n, generator=generator)
     return torch.where(chance < 0.2, uniform, torch.sigmoid(logit))
@@ -80,8 +76,7 @@ def training_batch(step, steps, seed):
 def velocity_error(out, clips, t, noise, predicts):
     """Mean squared error of the velocity, for a prediction `out` at (1 - t) noise + t clips.
 
-    With x1 the predicted clip, the velocity is (x1 - x_t) / (1 - t). So its error is the clip's
-    error over 1 - t. Choice: 1 - t is at least CLAMP, or late times would dominate.
+    The velocity is (x1 - x_t) / (1 - t), so its error is that of the clean clip x1 over 1 - t.
     """
     if predicts == "velocity":
         return (out - (clips - noise)).square().mean()
@@ -97,29 +92,29 @@ def flow_matching_loss(model, clips, text, t, noise):
     return velocity_error(out, clips, t, noise, config.predicts)
 
 
-# ---------------------------------------------------------------- a step
+# ---------------------------------------------------------------- the run
 
 
 class Run:
     """The state of a training run. A checkpoint holds all of it, for an exact resume.
 
-    average: the running mean of the weights (EMA), from which one samples.
+    average: a model with the running mean of the weights (EMA), from which one samples.
     losses: for each step (frames, loss, loss of an all-black clip).
     """
 
     def __init__(self, config, settings, device):
         torch.manual_seed(settings["seed"])
         self.settings, self.device, self.step, self.losses = settings, device, 0, []
+        self.asked_to_stop = self.stop = 0.0  # not 0: this process was asked; any process was
         self.model = lingen.LinGen(config).to(device)
-        self.average = {name: p.clone() for name, p in self.model.state_dict().items()}
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         matrices, others = [], []  # Muon is for the matrices of the blocks
         for name, p in self.model.named_parameters():
             muon = name.startswith("blocks") and p.dim() == 2 and "modulation" not in name
             (matrices if muon else others).append(p)
-        rate = settings["rate"]
         self.optimizers = [
-            torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         # torchrun: each process takes its rows of a batch, and gradients are averaged.
         self.rank = int(os.environ.get("RANK", 0))
@@ -131,44 +126,41 @@ class Run:
         steps = self.settings["steps"]
         batch = training_batch(self.step, steps, self.settings["seed"])
         clips, text, t, noise = (part[self.rank :: self.world].to(self.device) for part in batch)
-        # Learning rate: 50 steps of warm-up, a plateau, and a line down to 0 over the last 40 %.
-        rate = min(1.0, (self.step + 1) / 50, (steps - self.step) / (0.4 * steps))
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-            for group in optimizer.param_groups:
-                group["lr"] = rate * self.settings["rate"]
+        self.model.zero_grad()
         loss = flow_matching_loss(self.wrapped, clips, text, t, noise)
         loss.backward()
         black = velocity_error(-1, clips, t, noise, "clean")  # the loss of an all-black clip
-        losses = torch.stack([loss.detach(), black])
-        if self.world > 1:
-            distributed.all_reduce(losses)
-        loss, black = (losses / self.world).tolist()
+        numbers = torch.stack([loss.detach(), black, black.new_tensor(self.asked_to_stop)])
+        if self.world > 1:  # all processes stop at the same step
+            distributed.all_reduce(numbers)
+        loss, black, self.stop = (numbers / self.world).tolist()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         if not math.isfinite(loss + norm):
-            raise FloatingPointError(f"step {self.step}: loss {loss}, norm of the gradient {norm}, "
-                                     f"first not finite: {self.first_bad_module(clips, text, t)}; "
-                                     "start anew with a lower --rate")  # fmt: skip
+            place = self.first_bad_module(clips, text, t)
+            raise FloatingPointError(f"step {self.step}: loss {loss}, first not finite: {place}")
+        # Learning rate: 50 steps of warm-up, a plateau, and a line down to 0 over the last 40 %.
+        rate = min(1.0, (self.step + 1) / 50, (steps - self.step) / (0.4 * steps))
         for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = rate * self.settings["rate"]
             optimizer.step()
         keep = min(0.998, (self.step + 1) / (self.step + 10))  # smaller at first
         weights = list(self.model.state_dict().values())
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - keep)
+        torch._foreach_lerp_(list(self.average.state_dict().values()), weights, 1 - keep)
         self.losses.append((clips.shape[2], loss, black))
         self.step += 1
         return loss
 
     def first_bad_module(self, clips, text, t):
         """The first module, in the order of the computation, whose output is not finite."""
-        bad = ["the gradient"]  # unless the forward pass goes wrong
+        names, bad = {module: name for name, module in self.model.named_modules()}, []
 
         def look(module, inputs, out):
-            if not out.isfinite().all() and bad == ["the gradient"]:
-                bad[0] = next(name for name, m in self.model.named_modules() if m is module)
+            if not out.isfinite().all():
+                bad.append(names[module])
 
         with torch.no_grad(), nn.modules.module.register_module_forward_hook(look):
             self.model(clips, t, text)
-        return bad[0] or "the output"
+        return bad[0] if bad else "the gradient"
 
     def state(self):
         """A checkpoint: what sample.py needs, and under "training" what a resume needs."""
@@ -178,7 +170,7 @@ class Run:
         return {
             "format": sampler.FORMAT,
             "config": config,
-            "weights": self.average,
+            "weights": self.average.state_dict(),
             "vocabulary": shapes.WORDS,
             "sampling": dataclasses.asdict(sampler.Settings()),
             "trained": {"frames": frames, "height": [shapes.SIZE], "width": [shapes.SIZE]},
@@ -199,39 +191,30 @@ class Run:
         theirs = {**saved["settings"], **checkpoint["config"]}
         if saved["step"] == theirs["steps"]:  # a finished run may be made longer
             theirs["steps"] = max(theirs["steps"], self.settings["steps"])
-        ours = {**self.settings, **self.state()["config"]}
-        for name, value in ours.items():
+        for name, value in {**self.settings, **self.state()["config"]}.items():
             if theirs[name] != value:
                 raise ValueError(f"the run in --out has {name} {theirs[name]}, not {value}")
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        for name, value in checkpoint["weights"].items():
-            self.average[name].copy_(value)
+        self.average.load_state_dict(checkpoint["weights"])
         self.step, self.losses = saved["step"], saved["losses"]
 
     def save(self, out, variant):
         """Write the checkpoint, and beside it eight sampled clips and the loss curve."""
         write_checkpoint(out, self.state())
-        model = lingen.LinGen(self.model.config).to(self.device).eval()
-        model.load_state_dict(self.average)
         specs = torch.tensor([[i % 6, i % 4, i] for i in range(8)])  # each direction once
         captions = [shapes.caption(spec) for spec in specs]
-        settings = {**dataclasses.asdict(sampler.Settings()), "steps": 24}
-        clips = sample_captions(model, captions, shapes.WORDS, settings)
+        settings = dataclasses.asdict(sampler.Settings(steps=24))
+        clips = sample_captions(self.average, captions, shapes.WORDS, settings)
         frames = [sampler.to_frames(clip) for clip in clips]
         title = f"{variant}, step {self.step}"
-        page = preview.side_by_side(frames, captions, title)
-        sampler.write_clip(out.with_suffix(".gif"), page)
+        sampler.write_clip(out.with_suffix(".gif"), preview.side_by_side(frames, captions, title))
         sampler.replace_file(out.with_suffix(".png"), preview.loss_curve(self.losses, title))
-
-
-# ---------------------------------------------------------------- the loop
 
 
 def write_checkpoint(path, state):
     """Save a dict of tensors and numbers in one move."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     sampler.replace_file(path, buffer.getvalue())
@@ -244,39 +227,26 @@ def train(args):
         raise ValueError(f"{out} exists; go on with --resume, or name another file with --out")
     device = sampler.choose_device(args.device)
     if world > 1:  # torchrun
-        if device.type == "mps" or args.device and ":" in args.device:
-            raise ValueError(f"--device {args.device} is one device for {world} processes; "
-                             "give --device cuda or cpu")  # fmt: skip
+        if str(device) not in ("cpu", "cuda") or any(stage.batch % world for stage in STAGES):
+            raise ValueError(f"{world} processes need --device cpu or cuda and must divide batches")
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        if any(stage.batch % world for stage in STAGES):
-            raise ValueError(f"{world} processes do not divide the batches of STAGES")
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group()
     settings = {"steps": args.steps, "seed": args.seed, "rate": args.rate}
     run = Run(lingen.preset("tiny", **dict(args.set)), settings, device)
     if args.resume:
         run.restore(sampler.load_checkpoint(out))
     variant = ", ".join(f"{name}={value}" for name, value in args.set) or "LinGen"
 
-    asked = []  # the first Ctrl-C stops after the step, a second one at once
+    def stop_after_step(number, frame):
+        run.asked_to_stop = 1.0
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
 
-    def ask_to_stop(number, frame):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    def stopping():
-        flag = torch.tensor(float(len(asked)), device=device)
-        if world > 1:
-            distributed.all_reduce(flag)  # all processes stop at the same step
-        return flag.item() > 0
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
+    signal.signal(signal.SIGINT, stop_after_step)
+    signal.signal(signal.SIGTERM, stop_after_step)
     saved = time.monotonic()
     bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=run.rank > 0 or None)
-    while run.step < args.steps and not stopping():
+    while run.step < args.steps and not run.stop:
         loss = run.advance()
         bar.set_postfix_str(f"{run.losses[-1][0]} frames, loss {loss:.3f}", refresh=False)
         bar.update()
@@ -294,58 +264,46 @@ def train(args):
         return 130
     print(f"wrote {out}, {out.with_suffix('.gif')} and {out.with_suffix('.png')}")
     if args.publish:
-        state = run.state()
-        del state["training"]
-        state["weights"] = {name: value.half() for name, value in state["weights"].items()}
-        write_checkpoint(args.publish, state)
-        print(f"wrote {args.publish}")
-    judged = run.step >= 100 and run.model.config.predicts == "clean"
-    last = run.losses[-(len(run.losses) // 10) :] if judged else []
-    if sum(loss for _, loss, _ in last) > sum(black for _, _, black in last):
-        raise FloatingPointError("the training diverged: its loss, over the last tenth, is above "
-                                 "that of an all-black clip; try a lower --rate")  # fmt: skip
+        weights = {name: value.half() for name, value in run.average.state_dict().items()}
+        write_checkpoint(args.publish, {**run.state(), "weights": weights, "training": None})
+    _, losses, black = zip(*run.losses[-(run.step // 10 + 1) :])
+    if run.step >= 100 and sum(losses) > sum(black) and run.model.config.predicts == "clean":
+        raise FloatingPointError("the training diverged: worse than all-black clips; lower --rate")
     return 0
 
 
 def evaluate(path, n, seed, device):
     """Sample n seen and n held-out captions, and print what the judge says of the clips."""
-    model, checkpoint = sampler.load_model(path, device)
+    model, saved = sampler.load_model(path, device)
     for name in ("seen", "held out"):
         generator = torch.Generator().manual_seed(seed)
         specs = shapes.random_specs(n, generator, held_out_only=name == "held out")
         captions = [shapes.caption(spec) for spec in specs]
         clips = []
         for i in tqdm(range(0, n, 16), disable=None, leave=False):
-            settings = {**checkpoint["sampling"], "seed": seed + i}
-            vocabulary = checkpoint["vocabulary"]
-            clips.append(sample_captions(model, captions[i : i + 16], vocabulary, settings))
-        print(f"{name:9} {judge.report(judge.judge(torch.cat(clips), specs))}", flush=True)
+            settings = {**saved["sampling"], "seed": seed + i}
+            clips += sample_captions(model, captions[i : i + 16], saved["vocabulary"], settings)
+        print(f"{name:9} {judge.report(judge.judge(torch.stack(clips), specs))}", flush=True)
 
 
 def setting(text):
-    """NAME=VALUE of --set -> (name, value)."""
+    """NAME=VALUE of --set -> (name, value), of the type that the field has."""
     name, _, value = text.partition("=")
-    fields = {field.name: field.default for field in dataclasses.fields(lingen.LinGenConfig)}
-    for fixed in ("channels", "vocab_size", "text_dim"):  # by the toy
-        del fields[fixed]
+    fields = dict(vars(lingen.preset("tiny")))
+    del fields["channels"], fields["vocab_size"]  # as the toy has them
     try:
         value = ast.literal_eval(value)
     except (ValueError, SyntaxError):
         pass  # a word, as zigzag
-    if isinstance(fields.get(name), float) and isinstance(value, int):
-        value = float(value)
-    if name not in fields or not isinstance(value, type(fields[name])):
+    if name not in fields or type(value) is not type(fields[name]):
         known = ", ".join(f"{name}={default!r}" for name, default in fields.items())
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE, as in {known}")
     return name, value
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Train the tiny LinGen on moving shapes, from nothing.",
-        epilog="Several processes: torchrun --nproc_per_node=2 train_tiny.py ...",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Train a tiny LinGen.", formatter_class=formatter)
     add = parser.add_argument
     add("--out", default="runs/tiny.pt", help="the checkpoint; pictures are written beside it")
     add("--steps", type=int, default=1600, help="of training; 1600 take 15 minutes on two cores")
@@ -356,15 +314,13 @@ def main():
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--save-every", type=float, default=60, metavar="SECONDS", help="between checkpoints")
     add("--publish", metavar="FILE", help="at the end, also write the weights alone, in float16")
-    add("--device", help="cuda, else mps, else cpu")
+    add("--device", help="an accelerator if there is one, else cpu")
     add("--evaluate", metavar="CHECKPOINT", help="judge clips of this checkpoint, and stop")
     add("--captions", type=int, default=100, help="with --evaluate: how many of each kind")
     args = parser.parse_args()
-    if min(args.steps, args.captions) < 1 or args.seed < 0:
-        parser.error("--steps and --captions are at least 1, --seed at least 0")
+    if min(args.steps, args.captions) < 1 or Path(args.out).suffix in (".gif", ".png"):
+        parser.error("--steps and --captions are at least 1; --out is a .pt, not a picture")
     torch.set_float32_matmul_precision("medium")  # products may use bfloat16 where it is fast
-    if Path(args.out).suffix in (".gif", ".png"):
-        parser.error("--out is the checkpoint, as runs/tiny.pt; pictures are written beside it")
     if args.evaluate is not None:
         return evaluate(args.evaluate, args.captions, args.seed, sampler.choose_device(args.device))
     return train(args)

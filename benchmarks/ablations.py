@@ -36,13 +36,6 @@ def new_run(changes, steps, seed):
     return train_tiny.Run(lingen.preset("tiny", **changes), settings, torch.device("cpu"))
 
 
-def averaged(run):
-    """The model with the mean of the weights."""
-    model = lingen.LinGen(run.model.config).eval()
-    model.load_state_dict(run.average)
-    return model
-
-
 def held_out_loss(model, frames, n=32):
     """The training loss on held-out combinations: the same clips, times and noise for all."""
     generator = torch.Generator().manual_seed(20_000_003 + frames)
@@ -107,7 +100,7 @@ def main():
             run = new_run(VARIANTS[variant], args.steps, seed)
             for _ in tqdm(range(args.steps), desc=f"{variant}, {seed}", leave=False, disable=None):
                 run.advance()
-            measured = measure(averaged(run), args.captions)
+            measured = measure(run.average, args.captions)
             table.add(variant=variant, seed=seed, **settings, **measured)
     print()
     summarise(table.rows, args.out / "ablations_summary.csv")

@@ -34,7 +34,7 @@ def losses_after_the_move(model, steps, every, seed):
     losses = []
     for step in tqdm(range(2 * steps + 1), desc=f"{model}, {seed}", leave=False, disable=None):
         if step >= steps and (step - steps) % every == 0:
-            loss = ablations.held_out_loss(ablations.averaged(run), LONG)
+            loss = ablations.held_out_loss(run.average, LONG)
             losses.append((step - steps, loss))
         if step < 2 * steps:
             run.advance()

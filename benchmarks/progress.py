@@ -52,8 +52,7 @@ def main():
             run.advance()
             taken += time.monotonic() - start
             if step % args.every == 0 or step == args.steps:
-                model = ablations.averaged(run)
-                mean = judge.summary(ablations.sample_and_judge(model, args.captions))
+                mean = judge.summary(ablations.sample_and_judge(run.average, args.captions))
                 shares = {name: round(mean[name], 3) for name in (*SHARES, "overlap")}
                 table.add(seed=seed, step=step, minutes=round(taken / 60, 2), **shares)
     common.plot(args.out / "progress.png", draw(table.rows))

@@ -1,5 +1,6 @@
 """The training recipe, a step of it, and the command: resumed, extended, stopped and published."""
 
+import copy
 import functools
 import io
 import math
@@ -187,11 +188,11 @@ def test_every_parameter_has_one_optimizer_and_muon_has_the_matrices_of_the_bloc
 
 def test_the_average_follows_the_weights_with_a_memory_that_grows(run):
     for step in range(3):
-        before = {name: value.clone() for name, value in run.average.items()}
+        before = copy.deepcopy(run.average.state_dict())
         run.advance()
         for name, value in run.model.state_dict().items():
             by_hand = ((step + 1) * before[name] + 9 * value) / (step + 10)
-            torch.testing.assert_close(run.average[name], by_hand)
+            torch.testing.assert_close(run.average.state_dict()[name], by_hand)
 
 
 def test_the_learning_rate_warms_up_stays_and_falls_to_0(run):
@@ -237,7 +238,7 @@ def test_resumed_after_any_step_a_run_ends_in_the_same_bits_and_can_be_made_long
 def test_set_reaches_the_config_the_checkpoint_and_the_preview(command, monkeypatch):
     titles, page = [], preview.side_by_side
     monkeypatch.setattr(preview, "side_by_side", lambda *args: titles.append(args[2]) or page())
-    argv = "--set tesa=False --set scan=zigzag --set pool=(1,2,2) --set mlp_ratio=2".split()
+    argv = "--set tesa=False --set scan=zigzag --set pool=(1,2,2) --set mlp_ratio=2.0".split()
     assert command(*argv, "--steps", 1, "--out", "run.pt")[0] == 0
     model, checkpoint = sampler.load_model("run.pt")
     found = [checkpoint["config"][name] for name in ("tesa", "scan", "pool", "mlp_ratio")]
@@ -258,7 +259,7 @@ def test_previews_and_the_loss_curve_are_renewed_at_each_save(command, monkeypat
 
 def test_the_preview_shows_clips_of_the_averaged_weights_between_title_and_captions(tmp_path):
     run = train_tiny.Run(lingen.LinGenConfig(**TINY), SETTINGS, torch.device("cpu"))
-    run.average["patch_out.bias"].fill_(1)  # says white
+    run.average.patch_out.bias.fill_(1)  # says white
     for weight in run.model.parameters():
         weight.data.fill_(math.nan)
     run.save(tmp_path / "run.pt", "LinGen")
@@ -278,12 +279,11 @@ def test_the_loss_curve_of_three_steps_is_not_empty():
 
 def test_a_published_checkpoint_is_small_and_sample_reads_it(command, call):
     argv = "--out", "run.pt", "--steps", 2
-    code, said, _ = command(*argv, "--publish", "new/small.pt")
-    assert code == 0 and said.endswith("wrote new/small.pt\n")
+    assert command(*argv, "--publish", "new/small.pt")[0] == 0
     checkpoint = sampler.load_checkpoint("new/small.pt")
     assert checkpoint["trained"] == {"frames": [1, 4, 8], "height": [24], "width": [24]}
     halves = {name: value.half() for name, value in load("run.pt")["weights"].items()}
-    assert same(halves, checkpoint["weights"]) and "training" not in checkpoint
+    assert same(halves, checkpoint["weights"]) and not checkpoint["training"]
     argv = "a red circle", "--checkpoint", "new/small.pt", "--frames", 4, "--steps", 2
     assert call(sampler, *argv)[0] == 0
     assert sampler.read_settings("clip.gif")["height"] == 24
@@ -323,7 +323,7 @@ def test_nan_stops_with_step_and_module_and_keeps_the_checkpoint(files, command,
     code, _, said = command("--steps", 6, "--save-every", 0, "--out", "run.pt")
     assert code == 1 and same(load("3.pt"), load("run.pt"))
     assert_one_line(said, "train_tiny.py", "step 3: loss nan")
-    assert "first not finite: blocks.0.mlp.0;" in said
+    assert said.endswith("first not finite: blocks.0.mlp.0\n")
 
 
 @pytest.mark.parametrize("bad, code", [(range(90), 0), (range(90, 100), 1)])
