@@ -36,7 +36,6 @@ import mamba2_ref
 
 FORMAT = "lingen-tiny-2"
 ENDINGS = (".gif", ".webp", ".png", ".npy")
-SCHEDULES = ("uniform", "linear-quadratic", "shifted")
 
 
 @dataclasses.dataclass
@@ -77,7 +76,7 @@ def encode(captions, vocabulary):
         for word in words:
             if word not in number:
                 near = difflib.get_close_matches(word, number, n=1, cutoff=0.75)
-                hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(number)}"
+                hint = f"did you mean {near[0]!r}?" if near else f"it knows {vocabulary}"
                 raise ValueError(f"the model does not know the word {word!r}; {hint}")
         for kind, known in vocabulary.items():
             named = [word for word in words if word in known]
@@ -102,7 +101,7 @@ def times(steps, schedule="uniform", shift=1.0):
     elif schedule == "shifted":
         u = u / (u + shift * (1 - u))
     elif schedule != "uniform":
-        raise ValueError(f"schedule is {schedule!r}; expected {', '.join(SCHEDULES)}")
+        raise ValueError(f"schedule is {schedule!r}; expected uniform, linear-quadratic, shifted")
     return u.float()
 
 
@@ -215,7 +214,6 @@ def write_clip(path, frames, fps=16.0, settings=None):
 def replace_file(path, data):
     """Put data at path in one move: a kill leaves the old file or the new one, whole."""
     part = Path(path).with_name(f".{Path(path).name}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
             file.write(data)
@@ -259,7 +257,7 @@ def run_command(name, command):
         if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
             raise  # a fault of ours: show where
         code, message = 1, f"out of memory; ask for a smaller clip or batch ({error})"
-    print(f"{name}: error: {' '.join(message.split())[:300]}", file=sys.stderr)
+    print(f"{name}: error: {' '.join(message.split())[:500]}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -282,7 +280,7 @@ def main():
         parser.error('a caption is missing; try: python sample.py "a red circle moving right"')
     if args.out.suffix.lower() not in ("", *ENDINGS):
         parser.error(f"--out {args.out}: expected a folder, or an ending of {', '.join(ENDINGS)}")
-    torch.set_float32_matmul_precision("medium")  # products may use bfloat16 where it is fast
+    torch.set_float32_matmul_precision("high")  # TF32 where it is fast
     model, checkpoint = load_model(args.checkpoint, choose_device(args.device), args.backend)
     given = {name: value for name, value in vars(args).items() if name in checkpoint["sampling"]}
     settings = dataclasses.asdict(Settings(**{**checkpoint["sampling"], **given}))
@@ -295,6 +293,7 @@ def main():
         if len(args.captions) > 1 or not path.suffix:  # a folder
             name = f"{i:03d}-" + re.sub(r"\W+", "-", caption)[:60]
             path = path.parent / path.stem / (name + (path.suffix or ".gif"))
+        path.parent.mkdir(parents=True, exist_ok=True)  # an error before the work
         clips = sample_captions(model, [caption], checkpoint["vocabulary"], settings, progress=True)
         note = {**settings, "caption": caption, "checkpoint": checkpoint["sha256"]}
         write_clip(path, to_frames(clips[0]), settings["fps"], note)

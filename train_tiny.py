@@ -33,8 +33,6 @@ import lingen
 from sample import sample_captions
 from toy import judge, preview, shapes
 
-# ---------------------------------------------------------------- the recipe
-
 Stage = collections.namedtuple("Stage", "frames batch share")  # frames of a clip, share of steps
 # Each stage goes on with the weights of the last. Batches shrink, so that steps cost the same.
 STAGES = (Stage(1, 112, 0.1), Stage(4, 84, 0.1), Stage(16, 28, 0.8))
@@ -137,7 +135,7 @@ class Run:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         if not math.isfinite(loss + norm):
             place = self.first_bad_module(clips, text, t)
-            raise FloatingPointError(f"step {self.step}: loss {loss}, first not finite: {place}")
+            raise FloatingPointError(f"step {self.step}: {place} is not finite; lower --rate")
         # Learning rate: 50 steps of warm-up, a plateau, and a line down to 0 over the last 40 %.
         rate = min(1.0, (self.step + 1) / 50, (steps - self.step) / (0.4 * steps))
         for optimizer in self.optimizers:
@@ -232,6 +230,8 @@ def train(args):
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group()
+    for path in (out, Path(args.publish or out)):  # an error before the work
+        path.parent.mkdir(parents=True, exist_ok=True)
     settings = {"steps": args.steps, "seed": args.seed, "rate": args.rate}
     run = Run(lingen.preset("tiny", **dict(args.set)), settings, device)
     if args.resume:
@@ -320,7 +320,7 @@ def main():
     args = parser.parse_args()
     if min(args.steps, args.captions) < 1 or Path(args.out).suffix in (".gif", ".png"):
         parser.error("--steps and --captions are at least 1; --out is a .pt, not a picture")
-    torch.set_float32_matmul_precision("medium")  # products may use bfloat16 where it is fast
+    torch.set_float32_matmul_precision("high")  # TF32 where it is fast
     if args.evaluate is not None:
         return evaluate(args.evaluate, args.captions, args.seed, sampler.choose_device(args.device))
     return train(args)
