@@ -111,8 +111,8 @@ def test_words_are_numbered_by_their_place_whatever_their_case_and_padded_with_0
     [
         ("a red cirlce", "'cirlce'; did you mean 'circle'?"),
         ("a red circle moving up-lft", "did you mean 'up-left'?"),
-        ("a purple circle", "'purple'; it knows red, blue, circle, square, right"),
-        ("two circle", "'two'; it knows red"),
+        ("a purple circle", "'purple'; it knows {'colour': ['red', 'blue'], 'shape': ['circle'"),
+        ("two circle", "'two'; it knows {'colour': ['red'"),
         ("a red blue circle", "one object, but ['red', 'blue'] each name a colour"),
         (" ., ", "the caption is empty"),
     ],
