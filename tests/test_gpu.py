@@ -6,7 +6,6 @@ Backward passes run on "fakegpu", a device that Python can register; it has no a
 be undone, so a process of its own runs all cases.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -43,15 +42,8 @@ C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CU
 """
 
 
-def case(device, **options):
-    """Register a function as a case on a device, with these arguments."""
-
-    def register(function):
-        words = [function.__name__, device, *(f"{k}={v}" for k, v in options.items())]
-        CASES[" ".join(words)] = (function, device, options)
-        return function
-
-    return register
+def add(function, device, **options):
+    CASES[f"{function.__name__} {device} {options}"] = (function, device, options)
 
 
 def randn(device, *shape, **options):
@@ -71,16 +63,12 @@ def on(device, *tensors):
         assert t.device.type == device, f"a result is on {t.device}"
 
 
-def autocast(device, dtype):
-    return torch.autocast(device, dtype) if dtype else contextlib.nullcontext()
-
-
 def scan(device, name, dtype):
     d, b, l, h, p, n = torch.float32, 2, 37, 4, 8, 16
     inputs = [randn(device, b, l, h, p), randn(device, b, l, h), randn(device, h),
               randn(device, b, l, 2, n), randn(device, b, l, 2, n)]  # fmt: skip
     options = dict(D=randn(device, h), z=randn(device, b, l, h, p), dt_bias=randn(device, h))
-    with autocast(device, dtype):
+    with torch.autocast(device, dtype, enabled=dtype is not None):
         form = getattr(mamba2_ref, name)
         if name == "ssd_bidirectional":
             out = form(*inputs, chunk_size=8, dt_softplus=True, **options)
@@ -99,7 +87,7 @@ def scan(device, name, dtype):
 def tesa(device, grid, shift, dtype):
     with torch.device(device):
         layer = TemporalSwinAttention(16, 2, (4, 3, 3), shift)
-    with autocast(device, dtype):
+    with torch.autocast(device, dtype, enabled=dtype is not None):
         out = layer(randn(device, 2, *grid, 16))
     on(device, out)
     backward(out, layer.parameters())
@@ -121,7 +109,7 @@ def denoiser(device, name="tiny", dtype=None, own=torch.float32, **changes):
     if model.config.text_dim:
         text = randn(device, 1, 5, model.config.text_dim, dtype=own)
         mask = torch.ones(1, 5, dtype=torch.bool, device=device)
-    with autocast(device, dtype):
+    with torch.autocast(device, dtype, enabled=dtype is not None):
         out = model(clip, t, text, mask)
         still = model(clip[:, :, :1], t, text, mask)
     on(device, out, still)
@@ -156,18 +144,18 @@ def training_step(device, stage):
 
 for device, dtype in (("fakegpu", None), ("cuda", None), ("cuda", torch.bfloat16)):
     for name in FORMS:
-        case(device, name=name, dtype=dtype)(scan)
+        add(scan, device, name=name, dtype=dtype)
     for grid, shift in (((4, 6, 6), (0, 0, 0)), ((8, 6, 6), (2, 1, 1)), ((5, 7, 4), (2, 1, 1))):
-        case(device, grid=grid, shift=shift, dtype=dtype)(tesa)
+        add(tesa, device, grid=grid, shift=shift, dtype=dtype)
     for changes in (*VARIANTS, dict(name="small"), dict(name="4b")):
-        case(device, dtype=dtype, **changes)(denoiser)
+        add(denoiser, device, dtype=dtype, **changes)
 for stage in range(len(train_tiny.STAGES)):
-    case("fakegpu", stage=stage)(training_step)
+    add(training_step, "fakegpu", stage=stage)
 for own in (torch.bfloat16, torch.half):
-    case("cuda", own=own)(denoiser)
-    case("cuda", own=own, name="small")(sampler)
+    add(denoiser, "cuda", own=own)
+    add(sampler, "cuda", own=own, name="small")
 for settings in SAMPLERS:
-    case("cuda", **settings)(sampler)
+    add(sampler, "cuda", **settings)
 
 
 class Launches(TorchDispatchMode):
@@ -193,13 +181,6 @@ def launches(frames, **changes):
     return launched.count
 
 
-class Yes:
-    """Stands for a tensor of finite numbers, where a fake one has none."""
-
-    def all(self):
-        return True
-
-
 def main(guard):
     """Run all cases; print a JSON dict from their names to what went wrong."""
     torch.ops.load_library(guard)
@@ -207,7 +188,7 @@ def main(guard):
     _setup_privateuseone_for_python_backend("fakegpu")
     torch.fakegpu.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.half]
     torch.cuda.is_bf16_supported = lambda: True
-    torch.Tensor.isfinite = lambda self: Yes()
+    torch.Tensor.isfinite = lambda self: SimpleNamespace(all=lambda: True)
     torch.nn.Module.to = lambda self, device: self  # fake parameters cannot be moved
     results = {}
     for name, (function, device, options) in CASES.items():

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import runpy
@@ -10,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lingen
@@ -218,23 +221,48 @@ def test_bfloat16_comes_close(autocast):
 
 def test_compiled_equals_eager():
     model, arguments = new_model(depth=1, chunk_size=32), inputs()
-    compiled, eager = torch.compile(model, backend="aot_eager")(*arguments), model(*arguments)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(*arguments)  # no break
+    eager = model(*arguments)
     close(compiled, eager)
     weights = [*model.parameters()]
     for a, c in zip(*(torch.autograd.grad(out.sum(), weights) for out in (compiled, eager))):
         close(a, c, atol=1e-9 * c.abs().max().item())
 
 
-def test_distributed_data_parallel_finds_no_unused_parameter(tmp_path):
+def test_export_and_activation_checkpointing_leave_the_numbers_alone():
+    model, arguments = new_model(depth=2), (*inputs(), MASK)
+    want = model(*arguments)
+    grads = torch.autograd.grad(want.sum(), [*model.parameters()])
+    close(torch.export.export(model, arguments).module()(*arguments), want)
+    close(model(*arguments), want)
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    again = torch.autograd.grad(model(*arguments).sum(), [*model.parameters()])
+    for got, grad in zip(again, grads):
+        close(got, grad)
+
+
+@pytest.fixture
+def one_process(tmp_path):
     store = distributed.FileStore(str(tmp_path / "store"), 1)
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = DistributedDataParallel(LinGen(preset("tiny")))
-        for frames in (1, 4):  # an unused parameter makes the second step raise
-            out = model(*inputs((2, 3, frames, 8, 8), dtype=torch.float32))
-            out.square().mean().backward()
-    finally:
-        distributed.destroy_process_group()
+    yield
+    distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel_finds_no_unused_parameter(one_process):
+    model = DistributedDataParallel(LinGen(preset("tiny")))
+    for frames in (1, 4):  # an unused parameter makes the second step raise
+        out = model(*inputs((2, 3, frames, 8, 8), dtype=torch.float32))
+        out.square().mean().backward()
+
+
+def test_fully_sharded_equals_plain(one_process):
+    model, mesh = new_model(), distributed.device_mesh.init_device_mesh("cpu", (1,))
+    want = model(*inputs())
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh)
+    close(model(*inputs()), want)
 
 
 def test_the_tiny_model_overfits_one_batch():
