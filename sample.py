@@ -280,7 +280,6 @@ def main():
         parser.error('a caption is missing; try: python sample.py "a red circle moving right"')
     if args.out.suffix.lower() not in ("", *ENDINGS):
         parser.error(f"--out {args.out}: expected a folder, or an ending of {', '.join(ENDINGS)}")
-    torch.set_float32_matmul_precision("high")  # TF32 where it is fast
     model, checkpoint = load_model(args.checkpoint, choose_device(args.device), args.backend)
     given = {name: value for name, value in vars(args).items() if name in checkpoint["sampling"]}
     settings = dataclasses.asdict(Settings(**{**checkpoint["sampling"], **given}))

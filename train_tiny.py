@@ -320,7 +320,6 @@ def main():
     args = parser.parse_args()
     if min(args.steps, args.captions) < 1 or Path(args.out).suffix in (".gif", ".png"):
         parser.error("--steps and --captions are at least 1; --out is a .pt, not a picture")
-    torch.set_float32_matmul_precision("high")  # TF32 where it is fast
     if args.evaluate is not None:
         return evaluate(args.evaluate, args.captions, args.seed, sampler.choose_device(args.device))
     return train(args)

@@ -87,7 +87,6 @@ def main():
     names = list(VARIANTS)
     parser.add_argument("--variants", nargs="+", default=names, choices=names, metavar="VARIANT")
     args = common.arguments(parser)
-    torch.set_float32_matmul_precision("high")  # as in training
     table = common.Table(args.out / "ablations.csv", resume=True)
     settings = {"steps": str(args.steps), "captions": str(args.captions)}
     if any(row[name] != value for row in table.rows for name, value in settings.items()):

@@ -61,7 +61,6 @@ def main():
     parser.add_argument("--every", type=int, default=50, help="steps between measurements")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     args = common.arguments(parser)
-    torch.set_float32_matmul_precision("high")  # as in training
     table = common.Table(args.out / "adapt_curves.csv")
     for seed in range(args.seeds):
         for model in MODELS:

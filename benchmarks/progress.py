@@ -43,7 +43,6 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--captions", type=int, default=32, help="judged each time (default 32)")
     args = common.arguments(parser)
-    torch.set_float32_matmul_precision("high")  # as in training
     table = common.Table(args.out / "progress.csv")
     for seed in range(args.seeds):
         run, taken = ablations.new_run({}, args.steps, seed), 0.0

@@ -36,7 +36,6 @@ def call(monkeypatch):
     monkeypatch.setattr(train_tiny, "sample_captions", sample_in_two_steps)
     monkeypatch.setattr(common, "keep_memory", lambda: None)
     monkeypatch.setattr(speed, "scan_inputs", lambda length: scan_inputs(length // 64))
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
 
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])

@@ -61,11 +61,9 @@ def call(monkeypatch, capsys, tmp_path):
         return stop.value.code or 0, *capsys.readouterr()
 
     monkeypatch.chdir(tmp_path)
-    precision = torch.get_float32_matmul_precision()
     numbers = signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGPIPE", signal.SIGINT)
     handlers = {number: signal.getsignal(number) for number in numbers}
     yield run
-    torch.set_float32_matmul_precision(precision)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -210,12 +210,10 @@ def six(tmp_path_factory):
     folder = tmp_path_factory.mktemp("six")
     with pytest.MonkeyPatch.context() as patch:
         use_small(patch)
-        torch.set_float32_matmul_precision("high")  # as the command does
         run = train_tiny.Run(lingen.preset("tiny"), {**SETTINGS, "steps": 6}, torch.device("cpu"))
         for step in range(1, 7):
             run.advance()
             train_tiny.write_checkpoint(folder / f"{step}.pt", run.state())
-        torch.set_float32_matmul_precision("highest")
     return folder
 
 
