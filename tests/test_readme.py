@@ -1,8 +1,12 @@
 """README and docs cannot rot: what they name exists, and their figures are those of the files."""
 
 import importlib
+import json
 import re
+import runpy
 import sys
+import tempfile
+import types
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ import lingen
 import sample
 import train_tiny
 from docs import tables
+from docs.notebook import cells
 from toy import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,3 +136,22 @@ def test_tables_are_those_of_the_committed_files():
     assert tables.filled(page) == page, "run: python docs/tables.py"
     ratio = re.search(r"\| 512 \| 68 \| .* ([\d.]+) \|", page)[1]
     assert f"| {float(ratio):.1f} x" in README
+
+
+def test_the_notebook_has_the_cells_of_its_script():
+    notebook = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))
+    script = cells((ROOT / "docs" / "tour.py").read_text(encoding="utf-8"))
+    assert [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]] == script
+    assert all(cell["outputs"] for cell in notebook["cells"][2:] if cell["cell_type"] == "code")
+
+
+def test_the_script_of_the_notebook_runs(monkeypatch, tmp_path, capsys):
+    shown = []
+    module = types.SimpleNamespace(Image=lambda **given: given, display=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.setenv("TOUR_STEPS", "2")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(ROOT / "docs")
+    runpy.run_path("tour.py")
+    assert len(shown) == 8
+    assert "% right of 4" in capsys.readouterr().out
