@@ -30,10 +30,10 @@ VERDICT = ("direction", "lenient", "strict", "overlap", "jump")
 MEASURED = (*(f"loss_{frames}" for frames in LENGTHS), *VERDICT)
 
 
-def new_run(changes, steps, seed):
-    """The run of train_tiny.py, on the CPU, with some fields of the config changed."""
+def new_run(changes, steps, seed, device="cpu"):
+    """The run of train_tiny.py, with some fields of the config changed."""
     settings = {"steps": steps, "seed": seed, "rate": 2e-3}
-    return train_tiny.Run(lingen.preset("tiny", **changes), settings, torch.device("cpu"))
+    return train_tiny.Run(lingen.preset("tiny", **changes), settings, torch.device(device))
 
 
 def held_out_loss(model, frames, n=32):

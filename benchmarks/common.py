@@ -2,10 +2,12 @@
 
 import argparse
 import csv
+import gc
 import io
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -65,6 +67,42 @@ def seconds(run):
     return clock() - start
 
 
+def timed(run, device):
+    """Milliseconds of run() on a device."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return 1000 * (time.perf_counter() - start)
+
+
+def measure(add, run, device, runs=5, **row):
+    """Add a row with the time of run() and all memory on the GPU. An error becomes its note.
+
+    Runs after the first are counted: at least one, and no more than take 5 seconds."""
+    result = dict(first_ms=None, ms=None, runs=0, peak_mib=None, note="")
+    try:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        first, taken = timed(run, device), [timed(run, device)]
+        while len(taken) < runs and sum(taken) < 5000:
+            taken.append(timed(run, device))
+        median = statistics.median(taken)
+        result |= dict(first_ms=round(first, 3), ms=round(median, 3), runs=len(taken))
+        if device.type == "cuda":
+            result["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    except Exception as error:
+        result["note"] = f"{type(error).__name__}: {error}".split("\n")[0][:150]
+    free_memory()
+    add(**row, **result)
+
+
+def free_memory():
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
+
+
 def in_fresh_process(script, threads=None, keep=False, **request):
     """What a script's child(**request) returns, run in a process of its own. See `arguments`."""
     env = {name: value for name, value in os.environ.items() if name not in KEEP_MEMORY}
@@ -109,7 +147,10 @@ def model_inputs(config, shape, batch=1, words=8):
 
 def denoising_step(model, shape):
     """A function that runs the model once, as one step of the sampler does."""
-    inputs = model_inputs(model.config, shape)
+    weight, inputs = next(model.parameters()), []
+    for part in model_inputs(model.config, shape):
+        dtype = weight.dtype if part.is_floating_point() else part.dtype
+        inputs.append(part.to(weight.device, dtype))
 
     def step():
         with torch.inference_mode():

@@ -35,6 +35,20 @@ def draw(rows):
     return panel
 
 
+def train_and_judge(add, run, every, captions):
+    """Train to the end, and add a row with the judge's verdict every few steps."""
+    steps, seed, taken = run.settings["steps"], run.settings["seed"], 0.0
+    for step in tqdm(range(1, steps + 1), desc=f"seed {seed}", leave=False, disable=None):
+        start = time.monotonic()
+        run.advance()
+        taken += time.monotonic() - start
+        if step % every == 0 or step == steps:
+            model = ablations.averaged(run)
+            mean = judge.summary(ablations.sample_and_judge(model, captions))
+            shares = {name: round(mean[name], 3) for name in (*SHARES, "overlap")}
+            add(seed=seed, step=step, minutes=round(taken / 60, 2), **shares)
+
+
 def main():
     parser = common.parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=1600, help="of training (default 1600)")
@@ -44,15 +58,8 @@ def main():
     args = common.arguments(parser)
     table = common.Table(args.out / "progress.csv")
     for seed in range(args.seeds):
-        run, taken = ablations.new_run({}, args.steps, seed), 0.0
-        for step in tqdm(range(1, args.steps + 1), desc=f"seed {seed}", leave=False, disable=None):
-            start = time.monotonic()
-            run.advance()
-            taken += time.monotonic() - start
-            if step % args.every == 0 or step == args.steps:
-                mean = judge.summary(ablations.sample_and_judge(run.average, args.captions))
-                shares = {name: round(mean[name], 3) for name in (*SHARES, "overlap")}
-                table.add(seed=seed, step=step, minutes=round(taken / 60, 2), **shares)
+        run = ablations.new_run({}, args.steps, seed)
+        train_and_judge(table.add, run, args.every, args.captions)
     common.plot(args.out / "progress.png", draw(table.rows))
 
 

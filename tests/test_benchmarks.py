@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_tiny
-from benchmarks import ablations, adapt, adjacency, common, cost, length
+from benchmarks import ablations, adapt, adjacency, common, cost, gpu, length
 from benchmarks import minute, parts, progress, speed
 from docs import figures
 from lingen import Block, preset
@@ -123,6 +123,8 @@ RUNS = [
     (adjacency, "--grid 2 3 4", "adjacency.csv", 18),
     (minute, "--frames 16 --captions 1 --checkpoint CHECKPOINT", "minute.csv", 1),
 ]
+GPU = dict(tests=37, judge=2, step=2, scan=6, sample=1, train=1, cards=4, table2=6)
+RUNS += [(gpu, f"--device cpu --tiny --part {name}", f"{name}.csv", GPU[name]) for name in GPU]
 
 
 @pytest.mark.parametrize("module, arguments, file, rows", RUNS)
@@ -130,6 +132,14 @@ def test_a_script_writes_its_table(call, tmp_path, checkpoint, module, arguments
     arguments = arguments.replace("CHECKPOINT", str(checkpoint))
     call(module, *arguments.split(), "--out", tmp_path)
     assert len(common.Table(tmp_path / file, resume=True).rows) == rows
+
+
+def test_a_part_that_is_killed_loses_only_itself(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "GROUPS", [((gpu.step,), 0.1), ((gpu.cards,), 99)])
+    call(gpu, "--device", "cpu", "--tiny", "--out", tmp_path)
+    summary = (tmp_path / "summary.txt").read_text()
+    assert "step: 0 rows after 0 s, killed at its limit of 0.1 s" in summary
+    assert "cards: 4 rows" in summary
 
 
 def test_clips_are_judged_by_their_own_captions(monkeypatch):
