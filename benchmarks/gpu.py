@@ -10,7 +10,7 @@ that fails or is killed loses only what it has not measured. The folder of --out
 of the runs after a first one. peak_mib counts all tensors, the weights too.
 
 Without a network, `--wheels FOLDER` names a folder of unpacked packages, used where the machine
-has none of its own. PyTorch and Triton are the machine's. To make it, for Python 3.12:
+has none of its own. PyTorch and Triton are the machine's. Made for Python 3.12, less what it has:
 
     pip install --target FOLDER --no-deps --only-binary=:all: --python-version 3.12 \\
         einops tqdm pillow numpy packaging pytest pluggy iniconfig pygments
@@ -136,9 +136,10 @@ def sample(add, device, tiny):
 def train(add, device, tiny):
     """The default training: what the judge says of 32 held-out captions, by minutes of training."""
     torch.set_float32_matmul_precision("medium")  # as train_tiny.py does
-    steps, every, captions = (1, 1, 1) if tiny else (1600, 100, 32)
+    steps, every, captions = (1, 1, 1) if tiny else (1600, 200, 32)
     batch = functools.partial(train_tiny.training_batch, steps - 1, steps, 0)
-    print(f"a batch is drawn on the CPU in {min(common.timed(batch, device) for _ in range(3)):.1f} ms")
+    drawn = min(common.timed(batch, device) for _ in range(3))
+    print(f"a batch is drawn on the CPU in {drawn:.1f} ms")
     run = ablations.new_run(dict(backend="torch"), steps, 0, device)
     progress.train_and_judge(add, run, every, captions)
 
@@ -147,11 +148,11 @@ def fits(model, seconds):
     """Does a denoising step of a clip of some seconds, at 512p, fit in memory?"""
     try:
         common.denoising_step(model, common.clip_shape(model.config, seconds))()
-        return True
+        fit = True
     except torch.OutOfMemoryError:
-        return False
-    finally:
-        common.free_memory()
+        fit = False
+    common.free_memory()
+    return fit
 
 
 def cards(add, device, tiny):
@@ -164,7 +165,9 @@ def cards(add, device, tiny):
             if device.type == "cuda":
                 total = torch.cuda.get_device_properties(0).total_memory
                 share = (card - 0.75) * 2**30 / total
-                torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
+                if share > 1:  # this card is smaller
+                    break
+                torch.cuda.set_per_process_memory_fraction(share)
             while seconds <= (1 if tiny else 2048) and fits(model, seconds):
                 seconds *= 2
             add(preset=name, card_gb=card, longest_s=seconds // 2)
@@ -179,8 +182,8 @@ def table2(add, device, tiny):
     if official_scan(device):
         changes = dict(backend="mamba_ssm", chunk_size=OFFICIAL_CHUNK)
     for name, paper in parts.PAPER.items():
-        every = changes | common.VARIANTS[name]
-        model = common.build("tiny" if tiny else "4b", device, depth=8, **every).bfloat16()
+        every = changes | common.VARIANTS[name] | dict(depth=2 if tiny else 8)
+        model = common.build("tiny" if tiny else "4b", device, **every).bfloat16()
         run = common.denoising_step(model, common.clip_shape(model.config, 1 if tiny else 17))
         relative = round(paper / parts.PAPER["default"], 2)
         common.measure(add, run, device, variant=name, paper=relative)
@@ -193,9 +196,9 @@ def table2(add, device, tiny):
 GROUPS = [
     ((gpu_checks.tests, gpu_checks.suite, gpu_checks.judge, gpu_checks.judge_official, tune), 110),
     ((step,), 110),
-    ((scan,), 90),
+    ((scan,), 80),
     ((sample,), 20),
-    ((train,), 75),
+    ((train,), 85),
     ((cards,), 40),
     ((table2,), 35),
 ]
@@ -205,24 +208,31 @@ def run_group(names, limit, out, say):
     """Run parts side by side, each in a process of its own, and say what became of them."""
     begun, running = time.monotonic(), {}
     env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // len(names))), **os.environ}
-    env["TRITON_CACHE_AUTOTUNING"] = "1"  # what "tune" finds is kept for the other parts
+    # What "tune" finds is kept for the other parts; what a part has printed survives a kill.
+    env |= {"TRITON_CACHE_AUTOTUNING": "1", "PYTHONUNBUFFERED": "1"}
     for name in names:
         (out / f"{name}.csv").unlink(missing_ok=True)
         command = [sys.executable, __file__, "--part", name, *sys.argv[1:]]
         with open(out / f"{name}.txt", "w") as log:
             running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=env)
-    for name, process in running.items():
-        try:
-            code = process.wait(max(0, begun + limit - time.monotonic()))
-            how = f"failed with exit code {code}" if code else "done"
-        except subprocess.TimeoutExpired:
-            process.kill()
+    while running:
+        time.sleep(0.05)
+        for name, process in list(running.items()):
+            code, seconds = process.poll(), time.monotonic() - begun
+            if code is None and seconds < limit:
+                continue
+            running.pop(name).kill()
             process.wait()
-            how = f"killed at its limit of {limit} s"
-        rows = len(common.Table(out / f"{name}.csv", resume=True).rows)
-        last = (out / f"{name}.txt").read_text(errors="replace").splitlines()[-1:]
-        how += f": {last[0]:.200}" if last and how != "done" else ""
-        say(f"{name}: {rows} rows after {time.monotonic() - begun:.0f} s, {how}")
+            ends = {0: "done", None: f"killed at its limit of {limit} s"}
+            report(name, out, seconds, ends.get(code, f"failed with exit code {code}"), say)
+
+
+def report(name, out, seconds, how, say):
+    """Say how a part ended; where it did not do all, with the last line that it printed."""
+    rows = len(common.Table(out / f"{name}.csv", resume=True).rows)
+    last = (out / f"{name}.txt").read_text(errors="replace").splitlines()[-1:]
+    how += f": {last[0]:.200}" if last and how != "done" else ""
+    say(f"{name}: {rows} rows in {seconds:.0f} s, {how}")
 
 
 def main():
@@ -245,7 +255,7 @@ def main():
         print(line, flush=True)
         print(line, file=summary)
 
-    card = torch.cuda.get_device_properties(0) if device.type == "cuda" else platform.processor()
+    card = torch.cuda.get_device_properties(0) if device.type == "cuda" else platform.machine()
     say(f"{card}, torch {torch.__version__}, Python {platform.python_version()}")
     begun = time.monotonic()
     for group, limit in GROUPS:

@@ -138,7 +138,7 @@ def test_a_part_that_is_killed_loses_only_itself(call, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "GROUPS", [((gpu.step,), 0.1), ((gpu.cards,), 99)])
     call(gpu, "--device", "cpu", "--tiny", "--out", tmp_path)
     summary = (tmp_path / "summary.txt").read_text()
-    assert "step: 0 rows after 0 s, killed at its limit of 0.1 s" in summary
+    assert "step: 0 rows in 0 s, killed at its limit of 0.1 s" in summary
     assert "cards: 4 rows" in summary
 
 
