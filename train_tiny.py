@@ -35,7 +35,8 @@ from toy import judge, preview, shapes
 
 Stage = collections.namedtuple("Stage", "frames batch share")  # frames of a clip, share of steps
 # Each stage goes on with the weights of the last. Batches shrink, so that steps cost the same.
-STAGES = (Stage(1, 112, 0.1), Stage(4, 84, 0.1), Stage(16, 28, 0.8))
+STAGES = (Stage(1, 32, 0.1), Stage(4, 24, 0.1), Stage(16, 8, 0.8))
+STEPS = 5000
 PICTURES_EVERY = 8  # hybrid training: every eighth step is on pictures
 NO_CAPTION = 0.05  # share of empty captions, for classifier-free guidance
 LEFT_OUT = 0.1  # share of captions that may leave out colour, shape or direction
@@ -306,7 +307,7 @@ def main():
     parser = argparse.ArgumentParser(description="Train a tiny LinGen.", formatter_class=formatter)
     add = parser.add_argument
     add("--out", default="runs/tiny.pt", help="the checkpoint; pictures are written beside it")
-    add("--steps", type=int, default=1600, help="of training; 1600 take 15 minutes on two cores")
+    add("--steps", type=int, default=STEPS, help=f"of training; {STEPS} take 15 minutes on two cores")
     add("--seed", type=int, default=0, help="of weights and data")
     add("--rate", type=float, default=2e-3, help="learning rate")
     add("--set", type=setting, action="append", default=[], metavar="NAME=VALUE",

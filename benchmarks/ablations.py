@@ -81,7 +81,7 @@ def summarise(rows, path):
 
 def main():
     parser = common.parser_of(__doc__)
-    parser.add_argument("--steps", type=int, default=1600, help="of training (default 1600)")
+    parser.add_argument("--steps", type=int, default=train_tiny.STEPS, help="of training")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--captions", type=int, default=64, help="judged a row (default 64)")
     names = list(VARIANTS)

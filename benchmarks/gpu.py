@@ -96,7 +96,6 @@ def step(add, device, tiny):
 
 def scan(add, device, tiny):
     """The scan. floor_ms: to read the inputs and write the outputs, at the speed of a copy."""
-    torch.set_float32_matmul_precision("medium")  # as in training
     source = torch.empty(2**20 if tiny else 2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = functools.partial(target.copy_, source)
@@ -124,7 +123,6 @@ def scan(add, device, tiny):
 
 def sample(add, device, tiny):
     """A clip from the shipped checkpoint, as sample.py makes it; the first one loads libraries."""
-    torch.set_float32_matmul_precision("medium")  # as sample.py does
     model, checkpoint = sampler.load_model(gpu_checks.SHIPPED, device, "torch")
     checkpoint["sampling"] |= dict(steps=2) if tiny else {}
     for frames in (16,) if tiny else (16, 64, 272, 1088):
@@ -135,8 +133,7 @@ def sample(add, device, tiny):
 
 def train(add, device, tiny):
     """The default training: what the judge says of 32 held-out captions, by minutes of training."""
-    torch.set_float32_matmul_precision("medium")  # as train_tiny.py does
-    steps, every, captions = (1, 1, 1) if tiny else (1600, 200, 32)
+    steps, every, captions = (1, 1, 1) if tiny else (train_tiny.STEPS, 600, 32)
     batch = functools.partial(train_tiny.training_batch, steps - 1, steps, 0)
     drawn = min(common.timed(batch, device) for _ in range(3))
     print(f"a batch is drawn on the CPU in {drawn:.1f} ms")

@@ -112,7 +112,6 @@ def tests(add, device, tiny):
         check(add_verdict, f"denoiser, {name}", run, device, precisions=PRECISIONS)
     check(add_verdict, "sampler", sampler_results, device)
     if not tiny:
-        torch.set_float32_matmul_precision("medium")
         runs = [ablations.new_run(dict(backend="torch"), 3, 0, device) for _ in range(2)]
         losses = [[run.advance() for _ in range(3)] for run in runs]
         same = "yes" if losses[0] == losses[1] else "no"

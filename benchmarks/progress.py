@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from benchmarks import ablations, common
 from toy import judge
+from train_tiny import STEPS
 
 SHARES = ("colour", "shape", "direction", "lenient", "strict")
 
@@ -43,15 +44,14 @@ def train_and_judge(add, run, every, captions):
         run.advance()
         taken += time.monotonic() - start
         if step % every == 0 or step == steps:
-            model = ablations.averaged(run)
-            mean = judge.summary(ablations.sample_and_judge(model, captions))
+            mean = judge.summary(ablations.sample_and_judge(run.average, captions))
             shares = {name: round(mean[name], 3) for name in (*SHARES, "overlap")}
             add(seed=seed, step=step, minutes=round(taken / 60, 2), **shares)
 
 
 def main():
     parser = common.parser_of(__doc__)
-    parser.add_argument("--steps", type=int, default=1600, help="of training (default 1600)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of training")
     parser.add_argument("--every", type=int, default=100, help="steps from verdict to verdict")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--captions", type=int, default=32, help="judged each time (default 32)")
