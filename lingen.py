@@ -10,7 +10,7 @@ This is the paper's model (LinGen, CVPR 2025, figs. 2 to 5): a DiT (Peebles and 
 
     clip (b, c, frames, height, width) -> patches -> tokens (b, t, h, w, d) -> blocks -> clip
 
-b batch; c channels; t, h, w the grid of tokens; d width; l = t*h*w tokens; n words of the caption.
+b batch; c channels; t, h, w the grid of tokens; d width; l = t*h*w; r review tokens; n words.
 In `LinGen.forward`, t (b,) is the time of the flow: 0 noise, 1 data.
 """
 
@@ -30,12 +30,12 @@ from tesa import TemporalSwinAttention, rotary, rotate
 
 @dataclasses.dataclass(frozen=True)
 class LinGenConfig:
-    """All settings of a model; tuples are (t, h, w). ValueError for impossible ones."""
+    """All settings; tuples are (t, h, w). ValueError for impossible ones, here or in LinGen."""
 
     # The clip and its caption.
     channels: int = 3
     patch: tuple = (4, 4, 4)  # pixels (or latents) of one token
-    grid: tuple = (0, 6, 6)  # entries of the additive position tables; 0: none along this axis
+    grid: tuple = (0, 6, 6)  # lengths of the additive position tables; 0: none along this axis
     vocab_size: int = 0  # captions are word numbers 1 ... vocab_size, 0 is padding
     text_dim: int = 0  # or captions are embeddings of this width
     predicts: str = "clean"  # the clean clip (x-prediction), or "velocity" = data - noise
@@ -96,7 +96,7 @@ def review_tokens(grid, pool):
     A block cut by the edge of the grid is averaged over the tokens it has.
     """
     pool = [min(size, p) for size, p in zip(grid.shape[1:4], pool, strict=True)]
-    dtype = torch.promote_types(grid.dtype, torch.float32)  # CPUs pool no bfloat16
+    dtype = torch.promote_types(grid.dtype, torch.float32)  # not all CPUs pool bfloat16
     pooled = F.avg_pool3d(grid.permute(0, 4, 1, 2, 3).to(dtype), pool, ceil_mode=True)
     return pooled.permute(0, 2, 3, 4, 1).to(grid.dtype)
 
@@ -127,8 +127,7 @@ class MATE(nn.Module):
         if self.pool is not None:
             review = to_sequence(review_tokens(grid, self.pool), self.order)  # (b, r, d)
         out = self.ma(torch.cat([review, tokens, review], 1))  # (b, r + l + r, d)
-        out = out.narrow(1, review.shape[1], tokens.shape[1])
-        out = to_grid(out, self.order, grid.shape[1:4])
+        out = to_grid(out.narrow(1, review.shape[1], tokens.shape[1]), self.order, grid.shape[1:4])
         return out if self.tesa is None else out + self.tesa(grid)
 
 
@@ -143,9 +142,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(d_model, d_model)
 
     def forward(self, x, text, mask=None, rope=None):
-        q, kv, n = self.q(x), self.kv(text), self.nheads
-        q = rearrange(q, "b ... (heads e) -> b heads (...) e", heads=n)
-        k, v = rearrange(kv, "b ... (two heads e) -> two b heads (...) e", two=2, heads=n)
+        q, kv, heads = self.q(x), self.kv(text), self.nheads
+        q = rearrange(q, "b ... (heads e) -> b heads (...) e", heads=heads)
+        k, v = rearrange(kv, "b ... (two heads e) -> two b heads (...) e", two=2, heads=heads)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # scores (b, heads, l, n)
@@ -198,7 +197,8 @@ class LinGen(nn.Module):
         per_patch = config.channels * math.prod(config.patch)
         self.patch_in = nn.Linear(per_patch, d)
         # One learnt table per axis, as in Movie Gen (arXiv 2410.13720). Choice: added once, here.
-        tables = {axis: 0.02 * torch.randn(n, d) for axis, n in zip("thw", config.grid) if n}
+        sizes = zip("thw", config.grid, strict=True)
+        tables = {axis: 0.02 * torch.randn(size, d) for axis, size in sizes if size}
         self.positions = nn.ParameterDict(tables)
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
         self.null_embedding = nn.Parameter(0.02 * torch.randn(d))  # a key without caption
@@ -238,9 +238,9 @@ class LinGen(nn.Module):
             mask = text > 0 if config.vocab_size else text.new_ones(text.shape[:2]).bool()
         null = self.null_embedding.expand(len(text), 1, -1)
         text = torch.cat([null, self.words(text)], 1)  # (b, 1 + n, d)
-        mask = F.pad(mask, (1, 0), value=True)  # (b, 1 + n)
-        # Choice: the mean of the caption is added to the time embedding, so that it reaches every
-        # norm. Movie Gen has cross-attention alone.
+        mask = F.pad(mask.bool(), (1, 0), value=True)  # (b, 1 + n)
+        # Choice: the mean of null_embedding and words is added to the time embedding, so that the
+        # caption reaches every norm. Movie Gen has cross-attention alone.
         mean = (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (b, d)
         condition = self.time(time_embedding(t).to(x.dtype)) + mean
         condition = condition[:, None, None, None]  # (b, 1, 1, 1, d)

@@ -32,15 +32,16 @@ from torch import nn
 INF = math.inf
 
 
-# --- What mamba-ssm adds around the scan; a first reader may begin at form 1 ----------------------
+# --- What mamba-ssm adds around the scan; on a first reading, go on at form 1 ---------------------
 
 def with_options(form):
-    """Give a form the arguments of mamba-ssm's scan, but cu_seqlens. The form sees the final dt,
-    a = dt A, the first state, and `starts` (b, l), True where seq_idx changes, or None."""
+    """Give a form mamba-ssm's arguments, without cu_seqlens and return_varlen_states. It gets the
+    final dt, a = dt A, the first state, Q, and `starts` (b, l), True where seq_idx changes."""
     def ssd(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None, initial_states=None,
             seq_idx=None, dt_softplus=False, dt_limit=(0.0, INF), return_final_states=False):
-        if dt.shape != x.shape[:3] or B.shape != C.shape or x.shape[2] % B.shape[2]:
-            raise ValueError("dt must be (b, l, h), B and C (b, l, g, n), g divide h: "
+        (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+        if dt.shape != (b, l, h) or not B.shape == C.shape == (b, l, g, n) or h % g or not l:
+            raise ValueError("dt must be (b, l, h), B and C (b, l, g, n), g divide h, l >= 1: "
                              f"got {[tuple(t.shape) for t in (x, dt, B, C)]}")
         if chunk_size < 1 or not 0 <= dt_limit[0] <= dt_limit[1]:
             raise ValueError(f"chunk_size or dt_limit cannot be {chunk_size}, {dt_limit}")
@@ -51,9 +52,8 @@ def with_options(form):
             if dt_bias is not None:
                 dt = dt + dt_bias.to(dtype)
             dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
-            state, starts = initial_states, None
-            if state is None:
-                state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
+            state = x.new_zeros(b, h, p, n) if initial_states is None else initial_states
+            starts = None
             if seq_idx is not None:
                 starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
             Q = min(chunk_size, x.shape[1])
@@ -75,7 +75,7 @@ def with_options(form):
 
 
 def no_autocast(device):
-    """A context without autocast, which would round the operands of products to bfloat16."""
+    """A context without autocast, which would round the operands of products to half precision."""
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
@@ -92,7 +92,7 @@ def skip_and_gate(y, x, D, z):
 
 @with_options
 def ssd_recurrent(x, dt, a, B, C, state, starts, Q):
-    """The recurrence, one token at a time: slow, and in float64 the judge of all else."""
+    """The recurrence, one token at a time: slow; in float64 the reference for all else."""
     v, a, B, C = per_head(x, dt, a, B, C, starts)
     ys = []
     for t in range(x.shape[1]):
@@ -155,16 +155,16 @@ def ssd_chunked_plain(x, dt, a, B, C, state, starts, Q):
 
 
 # --- The same arranged for speed ------------------------------------------------------------------
-# A first reader may go on at `ssd_bidirectional`: what follows computes nothing new.
-
+# On a first reading, go on at `ssd_bidirectional`: what follows computes nothing new.
+# N = b g; K chunks in a segment, k their slice; H states at chunk borders; G the masked C B^T.
 SEGMENT = {"cpu": 2**18, "other": 2**28}        # numbers in the largest tensor of a segment
 
 
 @with_options
 def ssd_chunked(x, dt, a, B, C, state, starts, Q):
-    """The chunked scan, O(length) in time and memory: what the layers run on."""
+    """The chunked scan, O(length) in time and memory: for the layers. No second derivatives."""
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    # N = b g rows. The heads of a group share B and C: one product makes its r p columns.
+    # The heads of a group share B and C: one product makes its r p columns.
     state = state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3).reshape(b * g, n, -1)    # (N, n, rp)
     if starts is not None:
         starts = in_chunks(starts[..., None].expand(b, l, g), Q, g)         # (N, c, Q, 1)
@@ -183,10 +183,10 @@ def in_chunks(t, Q, g):
 
 
 def carry(decay, states):
-    """Step 4, in place: states[j + 1] += decay[j] states[j], from the first border to the last.
+    """Step 4, in place. decay (N, K, 1, r p); states (N, K + 1, n, r p): first, and what is added.
 
-    Pairs of chunks are carried like single ones, then the borders inside the pairs follow. The
-    arithmetic is linear in the number of chunks, the number of calls logarithmic."""
+    For j = 0 ... K - 1: states[j + 1] += decay[j] states[j]. Join chunks in pairs, recurse over the
+    pairs, then fill in the states inside pairs: some 2 K products in log2(K) rounds of calls."""
     even, odd, pairs = states[:, ::2], states[:, 1::2], decay.shape[1] // 2
     if pairs:
         even[:, 1:].addcmul_(decay[:, 1::2], odd[:, :pairs])
@@ -224,14 +224,14 @@ class Chunks:
         self.segments = [slice(i, min(i + step, c)) for i in range(0, c, step)]
 
     def cut(self, k):
-        """Of K chunks, the slice k: B, C, v = dt x (N, K, r, Q, p), v_to_end (N, K, Q, r p), decay
+        """Of the chunks of slice k: B, C, v = dt x (N, K, r, Q, p), v_to_end (N, K, Q, r p), decay
         of a chunk (N, K, 1, r p), L (N, K, r, Q, Q) without mask, masked C B^T (N, K, 1, Q, Q)."""
         x, B, C = (t[:, k] for t in self.inputs)
         v = self.dt_heads[:, k, ..., None] * x.transpose(2, 3)
         decay = self.from_start[:, k, -1:, :, 0].repeat_interleave(x.shape[4], 3)
         L = self.sums[:, k, :, :, None] - self.sums[:, k, :, None]
         L = L.clamp_(max=self.most[:, k]).exp2_()
-        G = (C @ B.mT).mul_(self.mask[:, k])[:, :, None]                    # (N, k, 1, Q, Q)
+        G = (C @ B.mT).mul_(self.mask[:, k])[:, :, None]                    # (N, K, 1, Q, Q)
         return B, C, v, (self.dt_to_end[:, k] * x).flatten(3), decay, L, G
 
 
@@ -244,9 +244,9 @@ class FastScan(torch.autograd.Function):
         chunks, borders, y = Chunks(x, dt, a, B, C, starts), [], dt.new_empty(x.shape)
         for k in chunks.segments:
             B_k, C_k, v, v_to_end, decay, L, G = chunks.cut(k)
-            H = torch.cat([state[:, None], B_k.mT @ v_to_end], 1)              # (N, k + 1, n, r p)
+            H = torch.cat([state[:, None], B_k.mT @ v_to_end], 1)              # (N, K + 1, n, r p)
             carry(decay, H)
-            y[:, k] = (L.mul_(G) @ v).transpose(2, 3)                       # (N, k, Q, r, p)
+            y[:, k] = (L.mul_(G) @ v).transpose(2, 3)                       # (N, K, Q, r, p)
             y[:, k].addcmul_(chunks.from_start[:, k], (C_k @ H[:, :-1]).unflatten(3, x.shape[3:]))
             state = H[:, -1]
             if any(ctx.needs_input_grad):
@@ -264,18 +264,18 @@ class FastScan(torch.autograd.Function):
             for k, H in reversed(list(zip(chunks.segments, borders))):
                 B_k, C_k, v, v_to_end, decay, L, G = chunks.cut(k)
                 # The gradient of the states runs against the states, through the same decays.
-                decayed_dy = (chunks.from_start[:, k] * dy[:, k]).flatten(3)    # (N, k, Q, r p)
-                dH = torch.cat([dH[:, None], (C_k.mT @ decayed_dy).flip(1)], 1) # (N, k + 1, n, r p)
+                decayed_dy = (chunks.from_start[:, k] * dy[:, k]).flatten(3)    # (N, K, Q, r p)
+                dH = torch.cat([dH[:, None], (C_k.mT @ decayed_dy).flip(1)], 1) # (N, K + 1, n, r p)
                 carry(decay.flip(1), dH)
                 H, dH_out, dH = H[:, :-1], dH[:, :-1].flip(1), dH[:, -1]
                 # y = M v + from_start (C H), M = L o G, G = C B^T; B^T v_to_end joins the state.
-                dy_k = dy[:, k].transpose(2, 3).contiguous()                # (N, k, r, Q, p)
+                dy_k = dy[:, k].transpose(2, 3).contiguous()                # (N, K, r, Q, p)
                 dM_L = (dy_k @ v.mT).mul_(L)                                # dM o L
-                dG = dM_L.sum(2).mul_(chunks.mask[:, k])                      # (N, k, Q, Q)
+                dG = dM_L.sum(2).mul_(chunks.mask[:, k])                      # (N, K, Q, Q)
                 dC[:, k] = dG @ B_k + decayed_dy @ H.mT
                 dB[:, k] = dG.mT @ C_k + v_to_end @ dH_out.mT
-                d_v_to_end = B_k @ dH_out                                  # (N, k, Q, r p)
-                dv = dx[:, k].copy_((L.mul_(G).mT @ dy_k).transpose(2, 3))  # (N, k, Q, r, p)
+                d_v_to_end = B_k @ dH_out                                  # (N, K, Q, r p)
+                dv = dx[:, k].copy_((L.mul_(G).mT @ dy_k).transpose(2, 3))  # (N, K, Q, r, p)
                 dv.addcmul_(chunks.to_end[:, k], d_v_to_end.unflatten(3, heads))
                 ddt[:, k] = (x[:, k] * dv).sum(-1)      # through v; autograd adds that through a
                 dv.mul_(dt[:, k, ..., None])                                # now dx
@@ -284,7 +284,7 @@ class FastScan(torch.autograd.Function):
                 # i >= m, in to_end of j < m, and in the chunk's decay. The diagonal has exponent
                 # 0: it would cancel, but not without rounding.
                 E = dM_L.mul_(G.tril(-1))
-                d_from_start = (decayed_dy * (C_k @ H)).unflatten(3, heads).sum(-1)  # (N, k, Q, r)
+                d_from_start = (decayed_dy * (C_k @ H)).unflatten(3, heads).sum(-1)  # (N, K, Q, r)
                 d_to_end = (v_to_end * d_v_to_end).unflatten(3, heads).sum(-1)
                 d_decay = ((H * dH_out).sum(2, keepdim=True) * decay).unflatten(3, heads).sum(-1)
                 up_to = ((E.sum(-1) - E.sum(-2)).mT + d_from_start).flip(2).cumsum(2).flip(2)
@@ -378,7 +378,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.A_log = nn.Parameter(torch.empty(self.nheads).uniform_(*A_init_range).log())
         self.D = nn.Parameter(torch.ones(self.nheads))
-        self.norm = nn.RMSNorm(d_inner)
+        self.norm = nn.RMSNorm(d_inner)         # holds the weight; `forward` norms each group
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
     def forward(self, u):
@@ -398,7 +398,7 @@ class Mamba2(nn.Module):
         return self.out_proj(y)
 
     def convolve(self, x):
-        """conv1d as d_conv shifted multiply-adds: no transposition. x (b, l, d) -> the same."""
+        """d_conv shifted multiply-adds, with the parameters of conv1d. x (b, l, d) -> the same."""
         l, k = x.shape[1], self.d_conv
         ahead = k // 2 if self.both_directions else 0       # taps that read later tokens
         padded = F.pad(x, (0, 0, k - 1 - ahead, ahead))

@@ -48,9 +48,9 @@ class Settings:
     fps: float = 16.0
     steps: int = 50
     guidance: float = 1.0
-    schedule: str = "shifted"
+    schedule: str = "shifted"  # of the times, see `times`; the larger shift, the more near t = 0
     shift: float = 8.0
-    renoise: float = 1.0
+    renoise: float = 1.0  # share of the noise that is drawn anew at every step
     seed: int = 0
 
     def __post_init__(self):
@@ -89,8 +89,8 @@ def encode(captions, vocabulary):
 def times(steps, schedule="uniform", shift=1.0):
     """Where the steps begin and end: (steps + 1,) float32, from 0 (noise) to 1 (data).
 
-    Paths curve most near the noise, so two schedules begin with small steps. Half the steps of
-    "linear-quadratic" are 1/1000 (Movie Gen, arXiv 2410.13720). "shifted" is
+    The sampler's paths curve most near the noise, so two schedules begin with small steps. Half of
+    those of "linear-quadratic" are 1/1000 (Movie Gen, arXiv 2410.13720). "shifted" is
     u / (u + shift (1 - u)) for uniform u (SD3, arXiv 2403.03206).
     """
     i = torch.arange(steps + 1, dtype=torch.float64)
@@ -114,7 +114,7 @@ def sample(model, text, shape, *, mask=None, steps=50, guidance=1.0, schedule="u
     guidance: classifier-free guidance scale (Ho and Salimans 2022, arXiv 2207.12598); 1 means none.
     renoise r: the next step's noise is sqrt(1 - r^2) old + r new; 0 is Euler's method on the flow.
     callback(t, x1): called with each prediction of the clean clip.
-    Clip i draws its noise from seed + i on the CPU: it depends on neither batch nor device.
+    Clip i draws its noise on the CPU from seed + i, so that it depends on neither batch nor device.
     Raises FloatingPointError if the result is not finite.
     """
     weight, b = next(model.parameters()), len(text)
@@ -151,7 +151,7 @@ def sample(model, text, shape, *, mask=None, steps=50, guidance=1.0, schedule="u
 
 def sample_captions(model, captions, vocabulary, settings, **options):
     """One clip for each caption, by a dict of Settings: (b, 3, frames, h, w), on the CPU."""
-    options |= settings
+    options = {**settings, **options}
     shape = [options.pop(name) for name in ("frames", "height", "width")]
     del options["fps"]
     return sample(model, encode(captions, vocabulary), shape, **options).cpu()
@@ -180,7 +180,7 @@ def load_model(path, device="cpu", backend=None):
             model = lingen.LinGen(config)
         model.load_state_dict(checkpoint["weights"], assign=True)
     except Exception as error:
-        raise ValueError(f"{path} does not fit its own config: {error}") from None
+        raise ValueError(f"cannot build the model of {path}: {error}") from None
     return model.to(device, torch.float32).eval(), checkpoint
 
 
@@ -193,7 +193,7 @@ def to_frames(clip):
 def write_clip(path, frames, fps=16.0, settings=None):
     """Write uint8 frames (n, h, w, 3) as the ending says: .gif, .webp, .png (APNG) or .npy.
 
-    Pictures are enlarged to about 256 pixels, and hold settings as JSON. All but .gif are exact.
+    Small pictures are enlarged to about 256 pixels. All but .npy hold settings; .gif is not exact.
     """
     ending, out, note = Path(path).suffix.lower(), io.BytesIO(), json.dumps(settings or {})
     if ending == ".npy":
@@ -244,9 +244,9 @@ def choose_device(name=None):
 
 
 def run_command(name, command):
-    """Run a command and exit; an expected error becomes one line, and exit code 1 or 2."""
+    """Run a command and exit; an expected error becomes one line, and exit code 1, 2 or 130."""
     if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us without a traceback
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the process without a word
     try:
         sys.exit(command())
     except KeyboardInterrupt:
@@ -265,10 +265,10 @@ def main():
     parser = argparse.ArgumentParser(description="Make clips; the checkpoint holds the defaults.")
     add = parser.add_argument
     add("captions", nargs="*", metavar="CAPTION", help='as in "a red circle moving right"')
-    add("--out", type=Path, default="clip.gif", help=f"{' '.join(ENDINGS)}, or a folder")
+    add("--out", type=Path, default="clip.gif", help=f"{' '.join(ENDINGS)} (replaced), or a folder")
     add("--checkpoint", default=Path(__file__).parent / "assets" / "tiny.pt")
     for field in dataclasses.fields(Settings):
-        add(f"--{field.name}", type=field.type, default=argparse.SUPPRESS)
+        add(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, help=repr(field.default))
     add("--device", help="an accelerator if there is one, else cpu")
     add("--backend", choices=mamba2_ref.BACKENDS, help="of the Mamba2 scan")
     add("--read", metavar="CLIP", help="print the settings inside a clip, and stop")
@@ -286,13 +286,13 @@ def main():
     for name, known in checkpoint["trained"].items():
         if settings[name] not in known:
             print(f"warning: {name} is {settings[name]}; trained on {known}", file=sys.stderr)
-    encode(args.captions, checkpoint["vocabulary"])  # an error before anything is written
+    encode(args.captions, checkpoint["vocabulary"]), times(1, settings["schedule"])  # errors first
     for i, caption in enumerate(args.captions):
         path = args.out
         if len(args.captions) > 1 or not path.suffix:  # a folder
             name = f"{i:03d}-" + re.sub(r"\W+", "-", caption)[:60]
             path = path.parent / path.stem / (name + (path.suffix or ".gif"))
-        path.parent.mkdir(parents=True, exist_ok=True)  # an error before the work
+        path.parent.mkdir(parents=True, exist_ok=True)  # if it cannot, before the work
         clips = sample_captions(model, [caption], checkpoint["vocabulary"], settings, progress=True)
         note = {**settings, "caption": caption, "checkpoint": checkpoint["sha256"]}
         write_clip(path, to_frames(clips[0]), settings["fps"], note)

@@ -16,7 +16,7 @@ The odd layer has cut windows at both ends. Rolling the grid by the shift puts t
 A mask keeps their tokens apart, and excludes the padding of a grid that the window does not divide.
 
 b batch; t, h, w frames, rows, columns of the grid; d width; e width of a head;
-wins windows in the grid; m tokens in a window. Run `python tesa.py`: how far information spreads.
+wins windows after rolling; m tokens in a window. Run `python tesa.py`: how far information spreads.
 """
 
 import torch
@@ -27,7 +27,7 @@ from torch import nn
 
 def fit(shape, window, shift):
     """Clamp window and shift (t, h, w) to a grid: an axis within one window has no shift."""
-    axes = list(zip(shape, window, shift))
+    axes = list(zip(shape, window, shift, strict=True))
     window = tuple(min(size, win) for size, win, _ in axes)
     return window, tuple(by if win < size else 0 for size, win, by in axes)
 
@@ -40,7 +40,7 @@ def windows(shape, window, shift, device=None):
     window, shift = fit(shape, window, shift)
     number = torch.zeros(1, 1, 1, dtype=torch.int64, device=device)
     for axis, (size, win, by) in enumerate(zip(shape, window, shift)):
-        place = torch.arange(size, device=device) + -by % win
+        place = torch.arange(size, device=device) + (win - by) % win
         along = (place // win).view([-1 if i == axis else 1 for i in range(3)])
         number = number * (size // win + 2) + along  # along is below size // win + 2
     return number

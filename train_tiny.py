@@ -4,8 +4,8 @@
     python train_tiny.py --set tesa=False --out runs/no-tesa.pt   the same with a part taken out
     python train_tiny.py --evaluate runs/tiny.pt                  judges the clips of a checkpoint
 
-Pictures come first, then longer and longer clips (progressive training), always with some pictures
-among them (hybrid training). The loss is that of flow matching.
+Still pictures come first, then longer and longer clips (progressive training), always with some
+pictures among them (hybrid training). The loss is that of flow matching.
 
 b clips; t (b,) the time of the flow: 0 noise, 1 data. Clips are (b, 3, frames, height, width).
 """
@@ -34,7 +34,7 @@ from sample import sample_captions
 from toy import judge, preview, shapes
 
 Stage = collections.namedtuple("Stage", "frames batch share")  # frames of a clip, share of steps
-# Each stage goes on with the weights of the last. Batches shrink, so that steps cost the same.
+# Each stage goes on with the weights of the one before. Batches shrink: steps cost about the same.
 STAGES = (Stage(1, 32, 0.1), Stage(4, 24, 0.1), Stage(16, 8, 0.8))
 STEPS = 5000
 PICTURES_EVERY = 8  # hybrid training: every eighth step is on pictures
@@ -62,7 +62,7 @@ def draw_times(n, frames, generator):
 
 
 def training_batch(step, steps, seed):
-    """All that is random in a step, made from (seed, step) alone: clips, text (b, n), t, noise."""
+    """The random data of a step, from (step, steps, seed) alone: clips, text (b, n), t, noise."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + step)
     stage = stage_at(step, steps)
     clips, captions, _ = shapes.make_batch(stage.batch, stage.frames, generator, left_out=LEFT_OUT)
@@ -75,7 +75,7 @@ def training_batch(step, steps, seed):
 def velocity_error(out, clips, t, noise, predicts):
     """Mean squared error of the velocity, for a prediction `out` at (1 - t) noise + t clips.
 
-    The velocity is (x1 - x_t) / (1 - t), so its error is that of the clean clip x1 over 1 - t.
+    The velocity is (x1 - x_t) / (1 - t), so its error is that of x1 over 1 - t, here with a bound.
     """
     if predicts == "velocity":
         return (out - (clips - noise)).square().mean()
@@ -95,7 +95,7 @@ def flow_matching_loss(model, clips, text, t, noise):
 
 
 class Run:
-    """The state of a training run. A checkpoint holds all of it, for an exact resume.
+    """The state of a training run. A checkpoint holds all of it: on a CPU, resume is exact.
 
     average: a model with the running mean of the weights (EMA), from which one samples.
     losses: for each step (frames, loss, loss of an all-black clip).
@@ -116,12 +116,12 @@ class Run:
             torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         # torchrun: each process takes its rows of a batch, and gradients are averaged.
-        self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ["RANK"]) if self.world > 1 else 0
         self.wrapped = DistributedDataParallel(self.model) if self.world > 1 else self.model
 
     def advance(self):
-        """One step -> its loss. FloatingPointError if it is not finite; weights are kept then."""
+        """One step -> its loss. FloatingPointError, before weights change, if it is not finite."""
         steps = self.settings["steps"]
         batch = training_batch(self.step, steps, self.settings["seed"])
         clips, text, t, noise = (part[self.rank :: self.world].to(self.device) for part in batch)
@@ -135,8 +135,8 @@ class Run:
         loss, black, self.stop = (numbers / self.world).tolist()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         if not math.isfinite(loss + norm):
-            place = self.first_bad_module(clips, text, t)
-            raise FloatingPointError(f"step {self.step}: {place} is not finite; lower --rate")
+            place = self.first_bad_module(noise.lerp(clips, t.view(-1, 1, 1, 1, 1)), text, t)
+            raise FloatingPointError(f"step {self.step}: {place} not finite; try a lower --rate")
         # Learning rate: 50 steps of warm-up, a plateau, and a line down to 0 over the last 40 %.
         rate = min(1.0, (self.step + 1) / 50, (steps - self.step) / (0.4 * steps))
         for optimizer in self.optimizers:
@@ -186,9 +186,9 @@ class Run:
         """Go on where a checkpoint stopped. Raises ValueError for one of another run."""
         saved = checkpoint.get("training")
         if not saved:
-            raise ValueError("it holds weights alone; resume from the file of --out")
+            raise ValueError("the file of --out holds no training state")
         theirs = {**saved["settings"], **checkpoint["config"]}
-        if saved["step"] == theirs["steps"]:  # a finished run may be made longer
+        if saved["step"] == theirs["steps"]:  # --steps may grow; rate and stages follow it
             theirs["steps"] = max(theirs["steps"], self.settings["steps"])
         for name, value in {**self.settings, **self.state()["config"]}.items():
             if theirs[name] != value:
@@ -220,10 +220,10 @@ def write_checkpoint(path, state):
 
 
 def train(args):
-    """Train to the last step or to Ctrl-C. Returns the exit code."""
+    """Train to the last step (returns 0), or to Ctrl-C or SIGTERM (saves, returns 130)."""
     out, world = Path(args.out), int(os.environ.get("WORLD_SIZE", 1))
-    if out.exists() and not args.resume:
-        raise ValueError(f"{out} exists; go on with --resume, or name another file with --out")
+    if out.exists() != args.resume:
+        raise ValueError(f"{out} {'exists: give' if out.exists() else 'is missing: omit'} --resume")
     device = sampler.choose_device(args.device)
     if world > 1:  # torchrun
         if str(device) not in ("cpu", "cuda") or any(stage.batch % world for stage in STAGES):
@@ -264,17 +264,17 @@ def train(args):
         print(f"stopped at step {run.step} of {args.steps}; go on with --resume", file=sys.stderr)
         return 130
     print(f"wrote {out}, {out.with_suffix('.gif')} and {out.with_suffix('.png')}")
-    if args.publish:
-        weights = {name: value.half() for name, value in run.average.state_dict().items()}
-        write_checkpoint(args.publish, {**run.state(), "weights": weights, "training": None})
     _, losses, black = zip(*run.losses[-(run.step // 10 + 1) :])
     if run.step >= 100 and sum(losses) > sum(black) and run.model.config.predicts == "clean":
         raise FloatingPointError("the training diverged: worse than all-black clips; lower --rate")
+    if args.publish:
+        weights = {name: value.half() for name, value in run.average.state_dict().items()}
+        write_checkpoint(args.publish, {**run.state(), "weights": weights, "training": None})
     return 0
 
 
 def evaluate(path, n, seed, device):
-    """Sample n seen and n held-out captions, and print what the judge says of the clips."""
+    """Sample n seen and n held-out captions (only 19 differ), and print what the judge says."""
     model, saved = sampler.load_model(path, device)
     for name in ("seen", "held out"):
         generator = torch.Generator().manual_seed(seed)
@@ -319,8 +319,8 @@ def main():
     add("--evaluate", metavar="CHECKPOINT", help="judge clips of this checkpoint, and stop")
     add("--captions", type=int, default=100, help="with --evaluate: how many of each kind")
     args = parser.parse_args()
-    if min(args.steps, args.captions) < 1 or Path(args.out).suffix in (".gif", ".png"):
-        parser.error("--steps and --captions are at least 1; --out is a .pt, not a picture")
+    if min(args.steps, args.captions) < 1 or not args.out.endswith(".pt"):
+        parser.error("--steps and --captions are at least 1; --out ends in .pt")
     if args.evaluate is not None:
         return evaluate(args.evaluate, args.captions, args.seed, sampler.choose_device(args.device))
     return train(args)

@@ -278,7 +278,7 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path, part, na
     checkpoint = make_checkpoint()
     checkpoint[part][name] = value
     torch.save(checkpoint, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match="odd.pt does not fit its own config"):
+    with pytest.raises(ValueError, match="cannot build the model of .*odd.pt"):
         sampler.load_model(tmp_path / "odd.pt")
 
 
