@@ -151,7 +151,7 @@ def summary(verdict):
 
 
 def report(verdict):
-    """A verdict as one line of text: percentages right, mean of the least overlap."""
+    """A verdict as one line of text: shares right, overlap, jump."""
     mean = summary(verdict)
     keys = ("strict", "lenient", "colour", "shape", "direction", "one_object")
     parts = [f"{key} {100 * mean[key]:.1f}" for key in keys]

@@ -2,7 +2,7 @@
 
     "a red circle moving up-left"       6 colours x 4 shapes x 8 directions
 
-Whoever leaves on the right comes back on the left, so a motion can go on for ever. All shapes move
+What leaves on the right comes back on the left, so a motion can go on for ever. All shapes move
 one pixel a frame along each moving axis. A tenth of the combinations is held out from training.
 
 A *spec* is int64 (b, 3): the indices of colour, shape and direction, or -1 for one that the caption
@@ -135,7 +135,7 @@ def render(specs, starts, frames, size=SIZE):
 def make_batch(n, frames, generator, held_out_only=False, left_out=0.0, size=SIZE):
     """n clips with captions: float32 (n, 3, frames, size, size), list of n str, specs (n, 3).
 
-    One frame is a still picture. left_out: the share of captions that leave something out; specs
+    One frame is a still picture. left_out: the share of captions that may leave something out; specs
     say what is shown, in full. All randomness comes from the (CPU) generator.
     """
     specs = random_specs(n, generator, held_out_only)
