@@ -1,10 +1,12 @@
 """
 Other people's Mamba2 kernels, loaded so that they run beside ours on a machine without a GPU.
 
-    official()       mamba_ssm's Triton kernels, mamba_chunk_scan_combined; interpreted where there
-    is no GPU minimal()        mamba_ssm's ssd_minimal_discrete, the listing of the Mamba2 paper
-    transformers()   transformers' plain scan, mamba2_chunk_scan transformers_mixer()   ... and its
-    whole layer, the class Mamba2Mixer
+    official()              mamba_ssm's Triton kernels, interpreted where there is no GPU
+    minimal()               mamba_ssm's ssd_minimal_discrete, the listing of the Mamba2 paper
+    transformers()          transformers' plain scan, mamba2_chunk_scan
+    transformers_mixer()    ... and its whole layer, the class Mamba2Mixer
+    fla_chunked()           flash-linear-attention's plain scans in PyTorch, naive_chunk_simple_gla
+    fla_recurrent()         ... and naive_recurrent_simple_gla
 
 Each returns a function with the signature of mamba_chunk_scan_combined, so that the judge takes it:
 `python -m pytest tests/test_kernel.py --kernel tests.peers:official`. A feature that a peer lacks
@@ -223,6 +225,54 @@ def transformers_mixer(d_model, d_state, headdim, ngroups, expand=2, d_conv=4, c
     return module.Mamba2Mixer(config, layer_idx=0)
 
 
+@functools.cache
+def fla_module():
+    """fla.ops.simple_gla.naive, by its path: the packages around it import Triton kernels."""
+    package = importlib.util.find_spec("fla")
+    if package is None:
+        raise ImportError(f"fla-core is not installed: {HOW}")
+    path = os.path.join(package.submodule_search_locations[0], "ops", "simple_gla", "naive.py")
+    spec = importlib.util.spec_from_file_location("fla_naive", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _simple_gla(scan, x, dt, A, B, C, initial_states, return_final_states, **kwargs):
+    """Linear attention with q = C, k = B, v = dt x and log decay dt A; states are (n, p)."""
+    heads = x.shape[2] // B.shape[2]
+    B, C = (t.repeat_interleave(heads, 2) for t in (B, C))                     # (b, l, h, n)
+    dt = dt.to(A.dtype).clamp(min=0)
+    state = None if initial_states is None else initial_states.mT
+    y, final = scan(
+        C,
+        B,
+        x * dt[..., None],
+        dt * A,
+        scale=1.0,
+        initial_state=state,
+        output_final_state=return_final_states,
+        **kwargs,
+    )
+    return (y.to(x.dtype), final.mT) if return_final_states else y.to(x.dtype)
+
+
+def fla_chunked(
+    x, dt, A, B, C, chunk_size, initial_states=None, return_final_states=False
+):
+    scan = fla_module().naive_chunk_simple_gla
+    return _simple_gla(
+        scan, x, dt, A, B, C, initial_states, return_final_states, chunk_size=chunk_size
+    )
+
+
+def fla_recurrent(
+    x, dt, A, B, C, chunk_size, initial_states=None, return_final_states=False
+):
+    scan = fla_module().naive_recurrent_simple_gla
+    return _simple_gla(scan, x, dt, A, B, C, initial_states, return_final_states)
+
+
 def official_varlen(
     x, dt, A, B, C, chunk_size, cu_seqlens, initial_states=None, return_final_states=False, **kwargs
 ):
@@ -315,7 +365,7 @@ def jax(x, dt, A, B, C, chunk_size, dt_bias, D=None, z=None, initial_states=None
 def versions():
     """{"mamba-ssm": "2.3.2.post1", ...}, of what is installed."""
     found = {}
-    for name in ("torch", "triton", "mamba-ssm", "transformers"):
+    for name in ("torch", "triton", "mamba-ssm", "transformers", "fla-core"):
         with contextlib.suppress(Exception):
             found[name] = version(name)
     return found

@@ -1,7 +1,7 @@
 """Our scan against other people's, and theirs before the judge.
 
-mamba_ssm's Triton kernels and its listing of the paper, and transformers' plain scan. Skipped, with
-the reason, where a package is missing (tests/requirements-peers.txt).
+mamba_ssm's Triton kernels and its listing of the paper, transformers' plain scan, and fla's two
+naive forms. Skipped, with the reason, where a package is missing (tests/requirements-peers.txt).
 
 Without a GPU the Triton kernels run in Triton's interpreter, a second or more for the smallest
 case. A few of their cases run always; all small ones with `python -m pytest tests/test_peers.py -m
@@ -21,6 +21,8 @@ LOADERS = {
     "official_step": peers.official_module,
     "minimal": peers._minimal_listing,
     "transformers": peers._transformers_module,
+    "fla_chunked": peers.fla_module,
+    "fla_recurrent": peers.fla_module,
 }
 
 
@@ -52,7 +54,8 @@ SMALL = [name for kind, cases in SIGNATURES["scan"].kinds.items() for name in ca
 
 
 @pytest.mark.parametrize("name, dtypes, at_least", [
-    ("minimal", "float64,float32", 60), ("transformers", "float32,bfloat16", 90)])
+    ("minimal", "float64,float32", 60), ("transformers", "float32,bfloat16", 90),
+    ("fla_chunked", "float32,bfloat16", 60), ("fla_recurrent", "float32,bfloat16", 60)])
 def test_the_judge_accepts_the_plain_peers(name, dtypes, at_least):
     verdict = judge(peer(name), dtypes=dtypes, cases=SMALL, allow_delegation=True)
     assert verdict.ok and len(verdict.of("right")) >= at_least, verdict
