@@ -1754,7 +1754,10 @@ class Outcome:
     trail: tuple = ()  # of each result: where it came, and its worst error over its tolerance
 
 
-SAYS_SO = re.compile(r"support|implement|divisible|multiple of|power of|out of resource", re.I)
+SAYS_SO = re.compile(
+    r"support|implement|divisible|multiple of|power of|out of resource|no working C\+\+ compiler",
+    re.I,
+)
 SAYS_SO_IF_RAISED = re.compile(
     r"must|has to|have to|need|expect|requir|should|at most|at least|limit|cannot|can't"
     r"|\bonly\b|\bno\b|too (large|small|long|short|many)",
