@@ -135,7 +135,7 @@ def render(specs, starts, frames, size=SIZE):
 def make_batch(n, frames, generator, held_out_only=False, left_out=0.0, size=SIZE):
     """n clips with captions: float32 (n, 3, frames, size, size), list of n str, specs (n, 3).
 
-    One frame is a still picture. left_out: the share of captions that may leave something out; specs
+    One frame is a still picture. left_out: the share of captions that may leave words out; specs
     say what is shown, in full. All randomness comes from the (CPU) generator.
     """
     specs = random_specs(n, generator, held_out_only)
