@@ -307,7 +307,7 @@ def main():
     parser = argparse.ArgumentParser(description="Train a tiny LinGen.", formatter_class=formatter)
     add = parser.add_argument
     add("--out", default="runs/tiny.pt", help="the checkpoint; pictures are written beside it")
-    add("--steps", type=int, default=STEPS, help="of training; the default takes 15 minutes")
+    add("--steps", type=int, default=STEPS, help="of training; the default takes 25 minutes")
     add("--seed", type=int, default=0, help="of weights and data")
     add("--rate", type=float, default=2e-3, help="learning rate")
     add("--set", type=setting, action="append", default=[], metavar="NAME=VALUE",

@@ -1,6 +1,6 @@
 """What each part of LinGen buys (figs. 11 and 12): trained with one part taken out, and judged.
 
-    python benchmarks/ablations.py                                   15 minutes a row, 21 rows
+    python benchmarks/ablations.py                                   25 minutes a row, 21 rows
     python benchmarks/ablations.py --steps 150 --seeds 1 --captions 8            for a class
 
 Each variant changes one field of LinGenConfig. All are trained by the recipe of train_tiny.py, on

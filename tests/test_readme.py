@@ -154,4 +154,4 @@ def test_the_script_of_the_notebook_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT / "docs")
     runpy.run_path("tour.py")
     assert len(shown) == 8
-    assert "% right of 4" in capsys.readouterr().out
+    assert "% right of 2" in capsys.readouterr().out
