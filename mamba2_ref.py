@@ -56,7 +56,7 @@ def with_options(form):
             starts = None
             if seq_idx is not None:
                 starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-            Q = min(chunk_size, x.shape[1])
+            Q = min(chunk_size, l)
             y, state = form(x, dt, dt * A, B, C, state.to(dtype), starts, Q)
             y = skip_and_gate(y, x, D, z)
         return (y, state) if return_final_states else y

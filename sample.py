@@ -150,11 +150,12 @@ def sample(model, text, shape, *, mask=None, steps=50, guidance=1.0, schedule="u
 
 
 def sample_captions(model, captions, vocabulary, settings, **options):
-    """One clip for each caption, by a dict of Settings: (b, 3, frames, h, w), on the CPU."""
+    """Clips (b, 3, frames, h, w) on the CPU, by a dict of Settings, made 16 at a time."""
     options = {**settings, **options}
-    shape = [options.pop(name) for name in ("frames", "height", "width")]
-    del options["fps"]
-    return sample(model, encode(captions, vocabulary), shape, **options).cpu()
+    *shape, seed, _ = [options.pop(key) for key in ("frames", "height", "width", "seed", "fps")]
+    parts = enumerate(encode(captions, vocabulary).split(16))
+    clips = [sample(model, part, shape, seed=seed + 16 * i, **options).cpu() for i, part in parts]
+    return torch.cat(clips)
 
 
 def load_checkpoint(path):

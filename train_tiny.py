@@ -280,11 +280,9 @@ def evaluate(path, n, seed, device):
         generator = torch.Generator().manual_seed(seed)
         specs = shapes.random_specs(n, generator, held_out_only=name == "held out")
         captions = [shapes.caption(spec) for spec in specs]
-        clips = []
-        for i in tqdm(range(0, n, 16), disable=None, leave=False):
-            settings = {**saved["sampling"], "seed": seed + i}
-            clips += sample_captions(model, captions[i : i + 16], saved["vocabulary"], settings)
-        print(f"{name:9} {judge.report(judge.judge(torch.stack(clips), specs))}", flush=True)
+        settings = {**saved["sampling"], "seed": seed}
+        clips = sample_captions(model, captions, saved["vocabulary"], settings, progress=True)
+        print(f"{name:9} {judge.report(judge.judge(clips, specs))}", flush=True)
 
 
 def setting(text):

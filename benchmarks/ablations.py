@@ -49,15 +49,13 @@ def held_out_loss(model, frames, n=32):
 
 
 def sample_and_judge(model, n, frames=16, seed=0):
-    """The judge's verdict on n held-out captions, sampled 16 at a time."""
+    """The judge's verdict on clips of n held-out captions."""
     generator = torch.Generator().manual_seed(30_000_001 + seed)
     specs = shapes.random_specs(n, generator, held_out_only=True)
-    captions, clips = [shapes.caption(spec) for spec in specs], []
-    for i in range(0, n, 16):
-        settings = dataclasses.asdict(sampler.Settings(frames=frames, seed=seed + i))
-        part = captions[i : i + 16]
-        clips.append(train_tiny.sample_captions(model, part, shapes.WORDS, settings))
-    return judge.judge(torch.cat(clips), specs)
+    captions = [shapes.caption(spec) for spec in specs]
+    settings = dataclasses.asdict(sampler.Settings(frames=frames, seed=seed))
+    clips = train_tiny.sample_captions(model, captions, shapes.WORDS, settings)
+    return judge.judge(clips, specs)
 
 
 def measure(model, captions):

@@ -292,14 +292,15 @@ def test_a_published_checkpoint_is_small_and_sample_reads_it(command, call):
 def test_evaluate_judges_seen_and_held_out_captions_each_in_a_line(command, monkeypatch):
     seeds = []
 
-    def perfect(model, captions, vocabulary, settings):
-        seeds.append(settings["seed"])
-        specs = torch.stack([shapes.parse_caption(caption) for caption in captions])
+    def perfect(model, text, shape, *, seed, **options):
+        seeds.append(seed)
+        specs = read_specs(text)
         assert shapes.held_out(specs).eq(len(seeds) > 2).all()
         return shapes.render(specs, torch.full((len(specs), 2), 9.0), 4)
 
     command("--steps", 1, "--out", "run.pt")
-    monkeypatch.setattr(train_tiny, "sample_captions", perfect)
+    monkeypatch.setattr(train_tiny, "sample_captions", sampler.sample_captions)
+    monkeypatch.setattr(sampler, "sample", perfect)
     code, said, warned = command("--evaluate", "run.pt", "--captions", 18, "--seed", 5)
     assert (code, warned, seeds) == (0, "", [5, 21, 5, 21])  # each clip has a seed of its own
     assert [line[:9] for line in said.splitlines() if "100" in line] == ["seen     ", "held out "]
