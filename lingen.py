@@ -34,7 +34,7 @@ class LinGenConfig:
 
     # The clip and its caption.
     channels: int = 3
-    patch: tuple = (4, 4, 4)  # pixels (or latents) of one token
+    patch: tuple = (2, 4, 4)  # pixels (or latents) of one token
     grid: tuple = (0, 6, 6)  # lengths of the additive position tables; 0: none along this axis
     vocab_size: int = 0  # captions are word numbers 1 ... vocab_size, 0 is padding
     text_dim: int = 0  # or captions are embeddings of this width
@@ -277,4 +277,4 @@ if __name__ == "__main__":
                 model = LinGen(preset("tiny", mixer=mixer, backend="torch"))
                 model(torch.empty(1, 3, frames, 24, 24), torch.empty(1), torch.ones(1, 5).long())
             flops.append(counter.get_total_flops() / 1e9)
-        print(f"{frames:6} {frames // 4 * 36:7,} {flops[0]:7,.1f} {flops[1]:7,.1f}")
+        print(f"{frames:6} {frames // 2 * 36:7,} {flops[0]:7,.1f} {flops[1]:7,.1f}")

@@ -26,7 +26,7 @@ try:
     import numpy as np
     import torch
     from einops import rearrange
-    from PIL import Image
+    from PIL import Image, ImageSequence
     from tqdm import tqdm
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. Run: python -m pip install -r requirements.txt")
@@ -51,6 +51,7 @@ class Settings:
     schedule: str = "shifted"  # of the times, see `times`; the larger shift, the more near t = 0
     shift: float = 8.0
     renoise: float = 1.0  # share of the noise that is drawn anew at every step
+    resample: int = 1  # how often each step is made, see `sample`
     seed: int = 0
 
     def __post_init__(self):
@@ -106,20 +107,35 @@ def times(steps, schedule="uniform", shift=1.0):
 
 
 @torch.no_grad()
-def sample(model, text, shape, *, mask=None, steps=50, guidance=1.0, schedule="uniform", shift=1.0,
-           renoise=0.0, seed=0, progress=False, callback=None):  # fmt: skip
+def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strength=1.0, steps=50,
+           guidance=1.0, schedule="uniform", shift=1.0, renoise=0.0, resample=1, seed=0,
+           progress=False, callback=None):  # fmt: skip
     """Sample clips: (b, channels, frames, height, width), float32, on the model's device.
 
-    text and mask: as LinGen.forward takes them. shape: (frames, height, width).
+    text and text_mask: as LinGen.forward takes them. shape: (frames, height, width).
+    known (b or 1, channels, *shape), mask (b or 1, *shape): a clip, and 1 where it is given. There
+        it replaces each prediction, and the model fills in what fits.
+    resample: each step but the last is repeated at its time with fresh noise, so that what is made
+        and what is given come to agree (RePaint, Lugmayr et al. 2022, arXiv 2201.09865).
+    strength S: begins with `known`, noised to the time 1 - S (SDEdit, Meng et al. 2021, arXiv
+        2108.01073); 1 begins with noise alone.
     guidance: classifier-free guidance scale (Ho and Salimans 2022, arXiv 2207.12598); 1 means none.
     renoise r: the next step's noise is sqrt(1 - r^2) old + r new; 0 is Euler's method on the flow.
     callback(t, x1): called with each prediction of the clean clip.
     Clip i draws its noise on the CPU from seed + i, so that it depends on neither batch nor device.
-    Raises FloatingPointError if the result is not finite.
+    Raises FloatingPointError if the result is not finite, ValueError for a wrong shape of known.
     """
     weight, b = next(model.parameters()), len(text)
     text = text.to(weight.device)
-    mask = None if mask is None else mask.to(weight.device, torch.bool)
+    text_mask = None if text_mask is None else text_mask.to(weight.device, torch.bool)
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}; expected 0 to 1")
+    if known is not None:
+        if known.shape[1:] != (model.config.channels, *shape):
+            raise ValueError(f"known is {tuple(known.shape)}; expected (b, channels, *{shape})")
+        known = known.to(weight.device, torch.float32)
+        given = known.new_zeros(1, 1, *shape) if mask is None else mask[:, None].to(weight.device)
+        given = given > 0
     no_words = torch.zeros(text.shape[:2], dtype=torch.bool, device=weight.device)
     generators = [torch.Generator().manual_seed((seed + i) % 2**32) for i in range(b)]
 
@@ -127,17 +143,23 @@ def sample(model, text, shape, *, mask=None, steps=50, guidance=1.0, schedule="u
         noise = [torch.randn(model.config.channels, *shape, generator=g) for g in generators]
         return torch.stack(noise).to(weight.device)
 
-    def denoise(x, t, mask):  # the mean clean clip
-        out = model(x.to(weight.dtype), x.new_full((b,), t), text, mask).float()
+    def denoise(x, t, words):  # the mean clean clip
+        out = model(x.to(weight.dtype), x.new_full((b,), t), text, words).float()
         return out if model.config.predicts == "clean" else x + (1 - t) * out
 
-    x, ts = draw_noise(), times(steps, schedule, shift).tolist()
+    x, start = draw_noise(), 1 - strength
+    ts = [start, *(t for t in times(steps, schedule, shift).tolist() if t > start)]
+    ts = [t for t in ts for _ in range(resample if t < 1 else 1)]
+    if start:
+        x = (1 - start) * x + start * known
     bar = tqdm(ts[:-1], disable=None if progress else True, leave=False, unit="step")
     for t, t_next in zip(bar, ts[1:]):
-        x1 = denoise(x, t, mask)  # the clean clip
+        x1 = denoise(x, t, text_mask)  # the clean clip
         if guidance != 1:
             without = denoise(x, t, no_words)
             x1 = without + guidance * (x1 - without)
+        if known is not None:
+            x1 = torch.where(given, known, x1)
         x0 = (x - t * x1) / (1 - t)  # the noise that goes with it
         if renoise and t_next < 1:
             x0 = math.sqrt(1 - renoise**2) * x0 + renoise * draw_noise()
@@ -212,6 +234,57 @@ def write_clip(path, frames, fps=16.0, settings=None):
     replace_file(path, out.getvalue())
 
 
+def read_frames(path, height, width):
+    """A clip or picture of a file -> (3, frames, height, width) in [-1, 1], resized if need be."""
+    try:
+        if Path(path).suffix.lower() == ".npy":
+            frames = [Image.fromarray(frame) for frame in np.load(path)]
+        else:
+            with Image.open(path) as image:
+                frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+        pixels = np.stack([frame.resize((width, height), Image.Resampling.BOX) for frame in frames])
+        clip = rearrange(torch.from_numpy(pixels) / 127.5 - 1, "frames h w c -> c frames h w")
+    except (ValueError, TypeError, SyntaxError, RuntimeError, Image.UnidentifiedImageError):
+        raise ValueError(f"{path} is no picture or clip, or damaged") from None
+    if frames[0].size != (width, height):
+        print(f"note: {path} is resized from {frames[0].size} to {width, height}", file=sys.stderr)
+    return clip
+
+
+def box(text):
+    """The four numbers of --box -> the slices of its rows and columns."""
+    x0, y0, x1, y1 = map(int, text.split(","))
+    return slice(y0, y1), slice(x0, x1)
+
+
+def given_part(args, settings):
+    """What the clip named in args gives `sample`. May change settings["frames"] to fit it."""
+    path = args.image or args.extend or args.inpaint or args.edit
+    if not path:
+        return {}
+    clip = read_frames(path, settings["height"], settings["width"])[:, : 1 if args.image else None]
+    n = clip.shape[1]
+    if args.edit or args.inpaint:
+        settings["frames"] = n
+    missing = settings["frames"] - n
+    if missing < 0:
+        raise ValueError(f"{path} has {n} frames, more than --frames {settings['frames']}")
+    known = torch.zeros(3, settings["frames"] + args.loop * n, *clip.shape[2:])
+    mask = torch.zeros_like(known[0])
+    starts = (missing * args.before, settings["frames"])  # with --loop, also after the end
+    for at in starts[: 1 + args.loop]:
+        known[:, at : at + n], mask[at : at + n] = clip, 1
+    if args.edit:
+        return dict(known=known[None], strength=args.strength)
+    if args.box:
+        mask[(..., *args.box)] = 0
+    if args.mask:
+        mask *= read_frames(args.mask, *mask.shape[1:])[:, :1].mean(0) < 0  # white is made anew
+    if mask.all() or not mask.any():
+        raise ValueError("there is nothing to make, or nothing given: see --frames, --mask, --box")
+    return dict(known=known[None], mask=mask[None], frames=len(mask))
+
+
 def replace_file(path, data):
     """Put data at path in one move: a kill leaves the old file or the new one, whole."""
     part = Path(path).with_name(f".{Path(path).name}.part")
@@ -270,6 +343,16 @@ def main():
     add("--checkpoint", default=Path(__file__).parent / "assets" / "tiny.pt")
     for field in dataclasses.fields(Settings):
         add(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, help=repr(field.default))
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--image", metavar="FILE", help="the first frame is given")
+    given.add_argument("--extend", metavar="CLIP", help="the clip goes on, to --frames in all")
+    given.add_argument("--inpaint", metavar="CLIP", help="a part of the clip is made anew")
+    given.add_argument("--edit", metavar="CLIP", help="the clip is made anew by the caption")
+    add("--before", action="store_true", help="with --extend: the new frames come first")
+    add("--loop", action="store_true", help="with --extend: the end leads to the beginning again")
+    add("--mask", metavar="FILE", help="with --inpaint: white is made anew")
+    add("--box", type=box, metavar="X0,Y0,X1,Y1", help="with --inpaint: inside is made anew")
+    add("--strength", type=float, default=0.8, help="with --edit: from 0, as it was, to 1")
     add("--device", help="an accelerator if there is one, else cpu")
     add("--backend", choices=mamba2_ref.BACKENDS, help="of the Mamba2 scan")
     add("--read", metavar="CLIP", help="print the settings inside a clip, and stop")
@@ -282,8 +365,10 @@ def main():
     if args.out.suffix.lower() not in ("", *ENDINGS):
         parser.error(f"--out {args.out}: expected a folder, or an ending of {', '.join(ENDINGS)}")
     model, checkpoint = load_model(args.checkpoint, choose_device(args.device), args.backend)
-    given = {name: value for name, value in vars(args).items() if name in checkpoint["sampling"]}
-    settings = dataclasses.asdict(Settings(**{**checkpoint["sampling"], **given}))
+    settings = dataclasses.asdict(Settings(**checkpoint["sampling"]))
+    settings |= {name: value for name, value in vars(args).items() if name in settings}
+    Settings(**settings)  # its limits
+    given = given_part(args, settings)
     for name, known in checkpoint["trained"].items():
         if settings[name] not in known:
             print(f"warning: {name} is {settings[name]}; trained on {known}", file=sys.stderr)
@@ -294,9 +379,10 @@ def main():
             name = f"{i:03d}-" + re.sub(r"\W+", "-", caption)[:60]
             path = path.parent / path.stem / (name + (path.suffix or ".gif"))
         path.parent.mkdir(parents=True, exist_ok=True)  # if it cannot, before the work
-        clips = sample_captions(model, [caption], checkpoint["vocabulary"], settings, progress=True)
+        options = {**settings, **given, "progress": True}
+        clips = sample_captions(model, [caption], checkpoint["vocabulary"], options)
         note = {**settings, "caption": caption, "checkpoint": checkpoint["sha256"]}
-        write_clip(path, to_frames(clips[0]), settings["fps"], note)
+        write_clip(path, to_frames(clips[0])[: settings["frames"]], settings["fps"], note)
         print(f"wrote {path}: {caption!r}, seed {settings['seed']}")
         settings["seed"] += 1
 

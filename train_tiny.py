@@ -36,10 +36,11 @@ from toy import judge, preview, shapes
 Stage = collections.namedtuple("Stage", "frames batch share")  # frames of a clip, share of steps
 # Each stage goes on with the weights of the one before. Batches shrink: steps cost about the same.
 STAGES = (Stage(1, 32, 0.1), Stage(4, 24, 0.1), Stage(16, 8, 0.8))
-STEPS = 5000
+STEPS = 6000
+RATE = 3e-3  # learning rate
 PICTURES_EVERY = 8  # hybrid training: every eighth step is on pictures
 NO_CAPTION = 0.05  # share of empty captions, for classifier-free guidance
-LEFT_OUT = 0.1  # share of captions that may leave out colour, shape or direction
+LEFT_OUT = 0.3  # share of captions that may leave out colour, shape or direction
 CLAMP = 0.4  # the smallest 1 - t in the loss, or late times would dominate
 
 
@@ -107,10 +108,10 @@ class Run:
         self.asked_to_stop = self.stop = 0.0  # not 0: this process was asked; any process was
         self.model = lingen.LinGen(config).to(device)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        matrices, others = [], []  # Muon is for the matrices of the blocks
+        matrices, others = [], []  # Muon is for the matrices that act on tokens
         for name, p in self.model.named_parameters():
-            muon = name.startswith("blocks") and p.dim() == 2 and "modulation" not in name
-            (matrices if muon else others).append(p)
+            on_tokens = name.startswith(("blocks", "patch")) and "modulation" not in name
+            (matrices if on_tokens and p.dim() == 2 else others).append(p)
         self.optimizers = [
             torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
@@ -305,9 +306,9 @@ def main():
     parser = argparse.ArgumentParser(description="Train a tiny LinGen.", formatter_class=formatter)
     add = parser.add_argument
     add("--out", default="runs/tiny.pt", help="the checkpoint; pictures are written beside it")
-    add("--steps", type=int, default=STEPS, help="of training; the default takes 25 minutes")
+    add("--steps", type=int, default=STEPS, help="of training; the default takes an hour")
     add("--seed", type=int, default=0, help="of weights and data")
-    add("--rate", type=float, default=2e-3, help="learning rate")
+    add("--rate", type=float, default=RATE, help="learning rate")
     add("--set", type=setting, action="append", default=[], metavar="NAME=VALUE",
         help="a field of LinGenConfig, as tesa=False or scan=zigzag; may be repeated")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run in --out")

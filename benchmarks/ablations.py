@@ -1,6 +1,6 @@
 """What each part of LinGen buys (figs. 11 and 12): trained with one part taken out, and judged.
 
-    python benchmarks/ablations.py                                   25 minutes a row, 21 rows
+    python benchmarks/ablations.py                                   an hour a row, 21 rows
     python benchmarks/ablations.py --steps 150 --seeds 1 --captions 8            for a class
 
 Each variant changes one field of LinGenConfig. All are trained by the recipe of train_tiny.py, on
@@ -32,7 +32,7 @@ MEASURED = (*(f"loss_{frames}" for frames in LENGTHS), *VERDICT)
 
 def new_run(changes, steps, seed, device="cpu"):
     """The run of train_tiny.py, with some fields of the config changed."""
-    settings = {"steps": steps, "seed": seed, "rate": 2e-3}
+    settings = {"steps": steps, "seed": seed, "rate": train_tiny.RATE}
     return train_tiny.Run(lingen.preset("tiny", **changes), settings, torch.device(device))
 
 

@@ -52,7 +52,7 @@ def train_and_judge(add, run, every, captions):
 def main():
     parser = common.parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=STEPS, help="of training")
-    parser.add_argument("--every", type=int, default=100, help="steps from verdict to verdict")
+    parser.add_argument("--every", type=int, default=500, help="steps from verdict to verdict")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--captions", type=int, default=32, help="judged each time (default 32)")
     args = common.arguments(parser)

@@ -358,6 +358,41 @@ def emerging(args):
     return page.png()
 
 
+def uses(args):
+    """What is given (in a frame, or outside a box) and what the sampler makes of it."""
+    model, checkpoint = sampler.load_model(args.checkpoint)
+    circle, square = "a red circle moving right", "a blue square moving right"
+    frames = torch.arange(28)[:, None, None].expand(-1, 24, 24)
+    inside = torch.zeros(24, 24, dtype=torch.bool)
+    inside[6:18, 6:18] = True
+    rows = [
+        ("--image", circle, 16, frames < 1, {}),
+        ("--extend", circle, 24, frames < 16, {}),
+        ("--extend --before", circle, 24, frames >= 8, {}),
+        ("--extend --loop", circle, 28, (frames < 4) | (frames >= 24), {}),
+        ("--inpaint --box 6,6,18,18", circle, 16, ~inside.expand(28, -1, -1), {}),
+        ("--edit --strength 0.8", square, 16, None, dict(strength=0.8)),
+    ]
+    page = Page(220 + 40 * 14, 46 * len(rows) + 30)
+    page.text(10, 14, "outlined: given", "lm")
+    for row, (name, caption, n, given, options) in enumerate(rows):
+        known = shapes.render(shapes.parse_caption(circle)[None], torch.tensor([[4.0, 12.0]]), n)
+        mask = None if given is None else given[None, :n].float()
+        settings = {**checkpoint["sampling"], "frames": n}
+        settings |= dict(known=known, mask=mask, resample=4 if name == "--image" else 1)
+        clips = sampler.sample_captions(
+            model, [caption], checkpoint["vocabulary"], settings, **options
+        )
+        page.text(10, 46 * (row + 1), f"{name}\n{caption}", "lm")
+        for column, i in enumerate(range(0, n, 2)):
+            x, y = 216 + 40 * column, 46 * row + 28
+            page.pixels(sampler.to_frames(clips[0])[i], x, y, 36, 36)
+            if given is not None and given[i].any():
+                edge = (9, 9, 18, 18) if not given[i].all() else (0, 0, 36, 36)
+                page.box(x + edge[0], y + edge[1], *edge[2:], outline=ORANGE, line=1.5)
+    return page.png()
+
+
 PICTURES = {
     "scan_orders": scan_orders,
     "mamba2_maps": mamba2_maps,
@@ -366,6 +401,7 @@ PICTURES = {
     "examples": examples,
     "hero": hero,
     "emerging": emerging,
+    "uses": uses,
 }
 
 
@@ -374,7 +410,7 @@ def main():
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}; default: all")
     add("--out", type=Path, help="a file, for one picture; default: assets/")
-    add("--checkpoint", default=ROOT / "assets" / "tiny.pt", help="for hero and emerging")
+    add("--checkpoint", default=ROOT / "assets" / "tiny.pt", help="for hero, emerging and uses")
     args = parser.parse_args()
     names = args.names or list(PICTURES)
     if set(names) - set(PICTURES) or args.out and len(names) > 1:

@@ -124,7 +124,7 @@ for n in (50, 4):
 # minutes: colours come first, then shapes and motion. (`python train_tiny.py` takes 25.)
 
 # %%
-run = train_tiny.Run(lingen.preset("tiny"), dict(steps=steps, seed=0, rate=2e-3), "cpu")
+run = train_tiny.Run(lingen.preset("tiny"), dict(steps=steps, seed=0, rate=train_tiny.RATE), "cpu")
 for _ in range(steps):
     run.advance()
 display(Image(data=preview.loss_curve(run.losses, f"{steps} steps")))

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_tiny
 from benchmarks import ablations, adapt, adjacency, common, cost, gpu, length
-from benchmarks import minute, parts, progress, speed
+from benchmarks import minute, parts, progress, speed, uses
 from docs import figures
 from lingen import Block, preset
 from scan import SCANS, places
@@ -122,6 +122,7 @@ RUNS = [
     (speed, "linear both mate --quick", "speed_mate.csv", 2),
     (adjacency, "--grid 2 3 4", "adjacency.csv", 18),
     (minute, "--frames 16 --captions 1 --checkpoint CHECKPOINT", "minute.csv", 1),
+    (uses, "--captions 1 --only plain inpaint loop --checkpoint CHECKPOINT", "uses.csv", 3),
 ]
 GPU = dict(tests=37, judge=2, step=2, scan=6, sample=1, train=1, cards=4, table2=6)
 RUNS += [(gpu, f"--device cpu --tiny --part {name}", f"{name}.csv", GPU[name]) for name in GPU]

@@ -184,7 +184,7 @@ def test_guidance_counts_what_the_caption_adds(guidance):
         return torch.zeros_like(x) + 0.02 + 0.1 * mask.sum(1).view(-1, 1, 1, 1, 1)
 
     model = Stub(by_caption)
-    out = sampler.sample(model, TEXT, SHAPE, mask=TEXT > 0, steps=2, guidance=guidance)
+    out = sampler.sample(model, TEXT, SHAPE, text_mask=TEXT > 0, steps=2, guidance=guidance)
     for i, words in enumerate((2, 1)):
         by_hand = torch.full((3, *SHAPE), 0.02 + guidance * 0.1 * words)
         torch.testing.assert_close(out[i], by_hand)
@@ -218,9 +218,41 @@ def test_a_model_in_half_precision_gives_nearly_the_same_clip(dtype):
 def test_the_caption_may_be_embeddings_whose_masked_words_do_not_count():
     model, options = make_model(text_dim=5), dict(shape=(4, 8, 8), steps=2, guidance=2.0)
     text, mask = torch.randn(1, 3, 5), torch.tensor([[1, 1, 0]])
-    clip = sampler.sample(model, text, mask=mask, **options)
+    clip = sampler.sample(model, text, text_mask=mask, **options)
     torch.testing.assert_close(clip, sampler.sample(model, text[:, :2], **options))
     assert (clip - sampler.sample(model, text, **options)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("renoise", [0.0, 1.0])
+def test_the_given_part_is_noised_at_every_step_and_exact_at_the_end(renoise):
+    """With the noise of the place: without `renoise` always the same."""
+    known, mask, noises = torch.rand(1, 3, *SHAPE), torch.rand(1, *SHAPE) < 0.5, []
+
+    def look(x, t, words):
+        noises.append(((x - t * known) / (1 - t))[mask[:, None].expand_as(x)])
+        return torch.full_like(x, 0.25)
+
+    options = dict(known=known, mask=mask, steps=6, resample=2, renoise=renoise)
+    out = sampler.sample(Stub(look), TEXT[:1], SHAPE, **options)
+    assert torch.equal(out, known.where(mask[:, None], torch.tensor(0.25)))
+    assert len(noises) == 12
+    alike = [torch.corrcoef(torch.stack([noises[0], noise]))[0, 1] for noise in noises[1:]]
+    assert min(alike) > 0.999 if not renoise else max(alike) < 0.5
+    with pytest.raises(ValueError, match=r"known is \(1, 3, 2, 4, 4\); expected"):
+        sampler.sample(Stub(look), TEXT[:1], (4, 4, 4), **options)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 0.8])
+def test_strength_says_where_an_edit_begins(strength):
+    """Time 1 - S, noise of its share; with strength 0 nothing changes."""
+    known, seen = torch.rand(1, 3, 4, 32, 32), []
+    model = Stub(lambda x, t, words: seen.append((t.item(), x - t * known)) or known)
+    options = dict(known=known, strength=strength, steps=9)
+    out = sampler.sample(model, TEXT[:1], (4, 32, 32), **options)
+    torch.testing.assert_close(out, known, atol=1e-5, rtol=0)
+    times = [1 - strength, *(t for t in sampler.times(9).tolist() if t > 1 - strength)]
+    assert [t for t, noise in seen] == pytest.approx(times[:-1])
+    assert not seen or seen[0][1].std().item() == pytest.approx(strength, rel=0.05)
 
 
 def test_clips_are_clamped_latents_are_not_and_nan_is_an_error():
@@ -343,6 +375,26 @@ def test_several_captions_make_a_folder_of_the_same_clips_as_one_by_one(command,
     assert Path(f"alone{ending}").read_bytes() == (folder / names[1]).read_bytes()
 
 
+@pytest.mark.parametrize("argv, given", [
+    ("--image clip.npy", np.s_[:1]), ("--extend clip.npy", np.s_[:4]),
+    ("--extend clip.npy --before", np.s_[4:]), ("--extend clip.npy --loop", np.s_[:4]),
+    ("--inpaint clip.npy --box 2,3,8,8", np.s_[:, :3]),
+    ("--inpaint clip.npy --mask mask.png", np.s_[:, :, :5]),
+    ("--edit clip.npy --strength 0", np.s_[:]),
+])  # fmt: skip
+def test_what_a_command_is_given_stays_to_the_bit(command, argv, given):
+    clip = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    np.save("clip.npy", clip)
+    Image.fromarray(np.uint8([[0] * 5 + [255] * 3] * 8)).save("mask.png")
+    frames = 4 if "--inpaint" in argv or "--edit" in argv else 8
+    argv = ["a blue square", "--frames", frames, "--out", "out.npy", *argv.split()]
+    assert command(*argv)[0] == 0
+    out, clip = np.load("out.npy"), np.concatenate([clip] * (frames // 4))
+    assert out.shape == (frames, 8, 8, 3) and (out[given] == clip[given]).all()
+    out[given] = clip[given] = 0
+    assert "--edit" in argv or (out != clip).mean() > 0.2
+
+
 @pytest.mark.parametrize("option, value", [("frames", 8), ("height", 12), ("width", 16)])
 def test_one_line_warns_of_a_size_the_model_was_not_trained_for(command, option, value):
     code, _, warned = command("a red circle", f"--{option}", value)
@@ -364,11 +416,15 @@ def assert_one_line(said, name, says):
         ("", 2, "a caption is missing"),
         ("circle --out new/clip.mp4", 2, "--out new/clip.mp4: expected a folder, or an ending of"),
         ("purple --out new/clip.gif", 2, "does not know"),
-        ("circle --frames 6", 2, "expected multiples of the patch"),
+        ("circle --frames 7", 2, "expected multiples of the patch"),
         ("circle --guidance nan", 2, "guidance is nan"),
         ("circle --device tpu", 2, "the device 'tpu' is not available here"),
         ("circle --backend mamba_ssm", 2, "mamba_ssm"),
         ("circle --checkpoint missing.pt", 1, "missing.pt"),
+        ("circle --image missing.png", 1, "missing.png"),
+        ("circle --edit tiny.pt", 2, "tiny.pt is no picture or clip"),
+        ("circle --edit tiny.pt --image tiny.pt", 2, "not allowed with argument"),
+        ("circle --box 1,2,3", 2, "invalid box value: '1,2,3'"),
         ("--read missing.gif", 1, "missing.gif"),
     ],
 )
