@@ -5,6 +5,7 @@
 Flow matching (Lipman et al. 2022, arXiv 2210.02747) joins noise and data by straight paths,
 x_t = (1 - t) noise + t data, whose velocity is data - noise. The model predicts the mean clean clip
 x1 at (x_t, t, caption), or the mean velocity (x1 - x_t) / (1 - t). Sampling steps from t = 0 to 1.
+Where pixels are given (the first frame, a clip to go on with) they replace the prediction.
 
 b clips; n words; c channels; t the time of the flow. Clips are (b, c, frames, height, width).
 """
@@ -128,14 +129,14 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     weight, b = next(model.parameters()), len(text)
     text = text.to(weight.device)
     text_mask = None if text_mask is None else text_mask.to(weight.device, torch.bool)
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength is {strength}; expected 0 to 1")
-    if known is not None:
-        if known.shape[1:] != (model.config.channels, *shape):
-            raise ValueError(f"known is {tuple(known.shape)}; expected (b, channels, *{shape})")
-        known = known.to(weight.device, torch.float32)
-        given = known.new_zeros(1, 1, *shape) if mask is None else mask[:, None].to(weight.device)
-        given = given > 0
+    whole = (model.config.channels, *shape)
+    for name, value, size in (("known", known, whole), ("mask", mask, whole[1:])):
+        if value is not None and value.shape[1:] != size:
+            raise ValueError(f"{name} is {tuple(value.shape)}; expected (b, *{size})")
+    if not 0 <= strength <= 1 or known is None and (mask is not None or strength < 1):
+        raise ValueError(f"strength is {strength}, from 0 to 1; below 1, and a mask, need known")
+    known = None if known is None else known.to(weight.device, torch.float32)
+    given = None if mask is None else mask[:, None].to(weight.device) > 0
     no_words = torch.zeros(text.shape[:2], dtype=torch.bool, device=weight.device)
     generators = [torch.Generator().manual_seed((seed + i) % 2**32) for i in range(b)]
 
@@ -158,7 +159,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
         if guidance != 1:
             without = denoise(x, t, no_words)
             x1 = without + guidance * (x1 - without)
-        if known is not None:
+        if given is not None:
             x1 = torch.where(given, known, x1)
         x0 = (x - t * x1) / (1 - t)  # the noise that goes with it
         if renoise and t_next < 1:

@@ -32,7 +32,7 @@ import train_tiny
 from toy import judge, preview, shapes
 
 torch.manual_seed(0)
-steps = int(os.environ.get("TOUR_STEPS", 400))  # of the training at stop 5
+steps = int(os.environ.get("TOUR_STEPS", 250))  # of the training at stop 5
 
 
 def show(clips, captions, title):
@@ -121,7 +121,7 @@ for n in (50, 4):
 
 # %% [markdown]
 # **Change it:** `renoise=0.0`, Euler's method on the flow. Then train a model from nothing, for two
-# minutes: colours come first, then shapes and motion. (`python train_tiny.py` takes 25.)
+# minutes: colours come first, then shapes and motion. (`python train_tiny.py` takes an hour.)
 
 # %%
 run = train_tiny.Run(lingen.preset("tiny"), dict(steps=steps, seed=0, rate=train_tiny.RATE), "cpu")
