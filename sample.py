@@ -116,10 +116,9 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     text and text_mask: as LinGen.forward takes them. shape: (frames, height, width).
     known (b or 1, channels, *shape), mask (b or 1, *shape): a clip, and 1 where it is given. There
         it replaces each prediction, and the model fills in what fits.
-    resample: each step but the last is repeated at its time with fresh noise, so that what is made
-        and what is given come to agree (RePaint, Lugmayr et al. 2022, arXiv 2201.09865).
-    strength S: begins with `known`, noised to the time 1 - S (SDEdit, Meng et al. 2021, arXiv
-        2108.01073); 1 begins with noise alone.
+    resample: each step is made this often at its time, each time with the fresh noise of `renoise`,
+        so that given and made parts come to agree (after RePaint, arXiv 2201.09865).
+    strength S: begins with `known`, noised to the time 1 - S (SDEdit, arXiv 2108.01073).
     guidance: classifier-free guidance scale (Ho and Salimans 2022, arXiv 2207.12598); 1 means none.
     renoise r: the next step's noise is sqrt(1 - r^2) old + r new; 0 is Euler's method on the flow.
     callback(t, x1): called with each prediction of the clean clip.
@@ -134,7 +133,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
         if value is not None and value.shape[1:] != size:
             raise ValueError(f"{name} is {tuple(value.shape)}; expected (b, *{size})")
     if not 0 <= strength <= 1 or known is None and (mask is not None or strength < 1):
-        raise ValueError(f"strength is {strength}, from 0 to 1; below 1, and a mask, need known")
+        raise ValueError(f"strength is {strength}, not 0 to 1; or a mask or strength has no known")
     known = None if known is None else known.to(weight.device, torch.float32)
     given = None if mask is None else mask[:, None].to(weight.device) > 0
     no_words = torch.zeros(text.shape[:2], dtype=torch.bool, device=weight.device)
@@ -237,15 +236,15 @@ def write_clip(path, frames, fps=16.0, settings=None):
 
 def read_frames(path, height, width):
     """A clip or picture of a file -> (3, frames, height, width) in [-1, 1], resized if need be."""
+    data = io.BytesIO(Path(path).read_bytes())
     try:
         if Path(path).suffix.lower() == ".npy":
-            frames = [Image.fromarray(frame) for frame in np.load(path)]
+            frames = [Image.fromarray(frame) for frame in np.load(data)]
         else:
-            with Image.open(path) as image:
-                frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(data))]
         pixels = np.stack([frame.resize((width, height), Image.Resampling.BOX) for frame in frames])
-        clip = rearrange(torch.from_numpy(pixels) / 127.5 - 1, "frames h w c -> c frames h w")
-    except (ValueError, TypeError, SyntaxError, RuntimeError, Image.UnidentifiedImageError):
+        clip = rearrange(torch.from_numpy(pixels) / 127.5 - 1, "frames h w c -> c frames h w", c=3)
+    except Exception:  # a damaged file fails in many ways
         raise ValueError(f"{path} is no picture or clip, or damaged") from None
     if frames[0].size != (width, height):
         print(f"note: {path} is resized from {frames[0].size} to {width, height}", file=sys.stderr)
@@ -261,6 +260,10 @@ def box(text):
 def given_part(args, settings):
     """What the clip named in args gives `sample`. May change settings["frames"] to fit it."""
     path = args.image or args.extend or args.inpaint or args.edit
+    if (args.before or args.loop) and not args.extend or args.before and args.loop:
+        raise ValueError("give --before or --loop together with --extend")
+    if (args.mask or args.box) and not args.inpaint or args.strength != 0.8 and not args.edit:
+        raise ValueError("--mask and --box go with --inpaint, --strength with --edit")
     if not path:
         return {}
     clip = read_frames(path, settings["height"], settings["width"])[:, : 1 if args.image else None]
@@ -347,13 +350,13 @@ def main():
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--image", metavar="FILE", help="the first frame is given")
     given.add_argument("--extend", metavar="CLIP", help="the clip goes on, to --frames in all")
-    given.add_argument("--inpaint", metavar="CLIP", help="a part of the clip is made anew")
-    given.add_argument("--edit", metavar="CLIP", help="the clip is made anew by the caption")
+    given.add_argument("--inpaint", metavar="CLIP", help="a part of it is made anew")
+    given.add_argument("--edit", metavar="CLIP", help="sampling begins with it, noised")
     add("--before", action="store_true", help="with --extend: the new frames come first")
     add("--loop", action="store_true", help="with --extend: the end leads to the beginning again")
-    add("--mask", metavar="FILE", help="with --inpaint: white is made anew")
-    add("--box", type=box, metavar="X0,Y0,X1,Y1", help="with --inpaint: inside is made anew")
-    add("--strength", type=float, default=0.8, help="with --edit: from 0, as it was, to 1")
+    add("--mask", metavar="FILE", help="with --inpaint: white is made anew (in its first frame)")
+    add("--box", type=box, metavar="X0,Y0,X1,Y1", help="or inside a box of pixels of the model")
+    add("--strength", type=float, default=0.8, help="with --edit: 0 keeps the clip, 1 ignores it")
     add("--device", help="an accelerator if there is one, else cpu")
     add("--backend", choices=mamba2_ref.BACKENDS, help="of the Mamba2 scan")
     add("--read", metavar="CLIP", help="print the settings inside a clip, and stop")
@@ -370,6 +373,7 @@ def main():
     settings |= {name: value for name, value in vars(args).items() if name in settings}
     Settings(**settings)  # its limits
     given = given_part(args, settings)
+    command = {"command": sys.argv[1:]} if given else {}
     for name, known in checkpoint["trained"].items():
         if settings[name] not in known:
             print(f"warning: {name} is {settings[name]}; trained on {known}", file=sys.stderr)
@@ -382,7 +386,7 @@ def main():
         path.parent.mkdir(parents=True, exist_ok=True)  # if it cannot, before the work
         options = {**settings, **given, "progress": True}
         clips = sample_captions(model, [caption], checkpoint["vocabulary"], options)
-        note = {**settings, "caption": caption, "checkpoint": checkpoint["sha256"]}
+        note = {**settings, "caption": caption, "checkpoint": checkpoint["sha256"], **command}
         write_clip(path, to_frames(clips[0])[: settings["frames"]], settings["fps"], note)
         print(f"wrote {path}: {caption!r}, seed {settings['seed']}")
         settings["seed"] += 1

@@ -29,7 +29,7 @@ def losses_after_the_move(model, steps, every, seed):
     # A quarter of the planned steps on short clips. The rest is never reached, so the learning rate
     # stays at its plateau.
     train_tiny.STAGES = (stage(1, 112, 0.05), stage(SHORT, 28, 0.2), stage(LONG, 7, 0.75))
-    run = ablations.new_run({**MODELS[model], "grid": (SHORT // 4, 6, 6)}, 4 * steps, seed)
+    run = ablations.new_run({**MODELS[model], "grid": (SHORT // 2, 6, 6)}, 4 * steps, seed)
     losses = []
     for step in tqdm(range(2 * steps + 1), desc=f"{model}, {seed}", leave=False, disable=None):
         if step >= steps and (step - steps) % every == 0:

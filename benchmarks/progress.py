@@ -1,6 +1,6 @@
 """How right the clips are over the time of training, for several seeds.
 
-    python benchmarks/progress.py                         three default runs, an hour on two cores
+    python benchmarks/progress.py                         three default runs, three hours
     python benchmarks/progress.py --steps 200 --seeds 1 --every 50 --captions 8          for a class
 
 Judged are clips of held-out captions, sampled from the mean of the weights (EMA). The time is that

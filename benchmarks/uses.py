@@ -3,9 +3,9 @@
     python benchmarks/uses.py                                the shipped checkpoint, 100 captions
     python benchmarks/uses.py --captions 16 --only image "edit 0.8" --resample 1 4
 
-Held-out captions and ideal clips of the toy world. A use gives the sampler a part of such a clip,
+Held-out captions, and ideal clips of the toy world. A use gives the sampler a part of such a clip,
 and the whole result is judged: attributes, one object, form, no step off by half a pixel, also
-where given and made parts meet. For edits, colour and shape of the caption are new.
+where given and made parts meet. Edits have captions with a new colour and shape (seen ones).
 """
 
 import dataclasses

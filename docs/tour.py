@@ -121,7 +121,7 @@ for n in (50, 4):
 
 # %% [markdown]
 # **Change it:** `renoise=0.0`, Euler's method on the flow. Then train a model from nothing, for two
-# minutes: colours come first, then shapes and motion. (`python train_tiny.py` takes an hour.)
+# minutes: colours come first, then motion, then shapes. (`python train_tiny.py` takes an hour.)
 
 # %%
 run = train_tiny.Run(lingen.preset("tiny"), dict(steps=steps, seed=0, rate=train_tiny.RATE), "cpu")

@@ -240,13 +240,12 @@ def test_the_given_part_is_noised_at_every_step_and_exact_at_the_end(renoise):
     assert min(alike) > 0.999 if not renoise else max(alike) < 0.5
     with pytest.raises(ValueError, match=r"known is \(1, 3, 2, 4, 4\); expected"):
         sampler.sample(Stub(look), TEXT[:1], (4, 4, 4), **options)
-    with pytest.raises(ValueError, match="need known"):
+    with pytest.raises(ValueError, match="a mask or strength has no known"):
         sampler.sample(Stub(look), TEXT[:1], SHAPE, mask=mask)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 0.8])
-def test_strength_says_where_an_edit_begins(strength):
-    """Time 1 - S, noise of its share; with strength 0 nothing changes."""
+def test_an_edit_begins_at_time_1_minus_strength(strength):
     known, seen = torch.rand(1, 3, 4, 32, 32), []
     model = Stub(lambda x, t, words: seen.append((t.item(), x - t * known)) or known)
     out = sampler.sample(model, TEXT[:1], (4, 32, 32), known=known, strength=strength, steps=9)
@@ -423,7 +422,8 @@ def assert_one_line(said, name, says):
         ("circle --checkpoint missing.pt", 1, "missing.pt"),
         ("circle --image missing.png", 1, "missing.png"),
         ("circle --edit tiny.pt", 2, "tiny.pt is no picture or clip"),
-        ("circle --edit tiny.pt --image tiny.pt", 2, "not allowed with argument"),
+        ("circle --loop", 2, "together with --extend"),
+        ("circle --box 1,2,3,4", 2, "--box go with --inpaint"),
         ("circle --box 1,2,3", 2, "invalid box value: '1,2,3'"),
         ("--read missing.gif", 1, "missing.gif"),
     ],
