@@ -5,7 +5,7 @@
 Flow matching (Lipman et al. 2022, arXiv 2210.02747) joins noise and data by straight paths,
 x_t = (1 - t) noise + t data, whose velocity is data - noise. The model predicts the mean clean clip
 x1 at (x_t, t, caption), or the mean velocity (x1 - x_t) / (1 - t). Sampling steps from t = 0 to 1.
-Where pixels are given (the first frame, a clip to go on with) they replace the prediction.
+Where pixels are given (a first frame, a clip to go on with) they replace the prediction.
 
 b clips; n words; c channels; t the time of the flow. Clips are (b, c, frames, height, width).
 """
@@ -52,7 +52,6 @@ class Settings:
     schedule: str = "shifted"  # of the times, see `times`; the larger shift, the more near t = 0
     shift: float = 8.0
     renoise: float = 1.0  # share of the noise that is drawn anew at every step
-    resample: int = 1  # how often each step is made, see `sample`
     seed: int = 0
 
     def __post_init__(self):
@@ -109,15 +108,14 @@ def times(steps, schedule="uniform", shift=1.0):
 
 @torch.no_grad()
 def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strength=1.0, steps=50,
-           guidance=1.0, schedule="uniform", shift=1.0, renoise=0.0, resample=1, seed=0,
-           progress=False, callback=None):  # fmt: skip
+           guidance=1.0, schedule="uniform", shift=1.0, renoise=0.0, seed=0, progress=False,
+           callback=None):  # fmt: skip
     """Sample clips: (b, channels, frames, height, width), float32, on the model's device.
 
     text and text_mask: as LinGen.forward takes them. shape: (frames, height, width).
     known (b or 1, channels, *shape), mask (b or 1, *shape): a clip, and 1 where it is given. There
-        it replaces each prediction, and the model fills in what fits.
-    resample: each step is made this often at its time, each time with the fresh noise of `renoise`,
-        so that given and made parts come to agree (after RePaint, arXiv 2201.09865).
+        it replaces each prediction. The rest is corrected by the gradient of the error made there:
+        reconstruction guidance (Video Diffusion Models, arXiv 2204.03458; choice: weight 1).
     strength S: begins with `known`, noised to the time 1 - S (SDEdit, arXiv 2108.01073).
     guidance: classifier-free guidance scale (Ho and Salimans 2022, arXiv 2207.12598); 1 means none.
     renoise r: the next step's noise is sqrt(1 - r^2) old + r new; 0 is Euler's method on the flow.
@@ -149,17 +147,20 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
 
     x, start = draw_noise(), 1 - strength
     ts = [start, *(t for t in times(steps, schedule, shift).tolist() if t > start)]
-    ts = [t for t in ts for _ in range(resample if t < 1 else 1)]
     if start:
         x = (1 - start) * x + start * known
     bar = tqdm(ts[:-1], disable=None if progress else True, leave=False, unit="step")
     for t, t_next in zip(bar, ts[1:]):
-        x1 = denoise(x, t, text_mask)  # the clean clip
-        if guidance != 1:
-            without = denoise(x, t, no_words)
-            x1 = without + guidance * (x1 - without)
-        if given is not None:
-            x1 = torch.where(given, known, x1)
+        with torch.set_grad_enabled(given is not None):
+            x.requires_grad_(given is not None)
+            x1 = denoise(x, t, text_mask)  # the clean clip
+            if guidance != 1:
+                without = denoise(x, t, no_words)
+                x1 = without + guidance * (x1 - without)
+            if given is not None:
+                error = (x1 - known).square().where(given, 0).sum()
+                x1 = x1 - torch.autograd.grad(error, x)[0]
+                x, x1 = x.detach(), torch.where(given, known, x1).detach()
         x0 = (x - t * x1) / (1 - t)  # the noise that goes with it
         if renoise and t_next < 1:
             x0 = math.sqrt(1 - renoise**2) * x0 + renoise * draw_noise()
@@ -257,36 +258,51 @@ def box(text):
     return slice(y0, y1), slice(x0, x1)
 
 
+def continue_clip(model, caption, checkpoint, settings, clip, before=False, loop=False):
+    """A clip (3, n, h, w) goes on to settings["frames"], or begins earlier, or joins its beginning.
+
+    It is made in windows as long as the longest clip of the training; of a full one half is given.
+    """
+    window = 10**9 if loop else max(checkpoint["trained"]["frames"])
+    while (missing := settings["frames"] - clip.shape[1]) > 0:
+        new = min(missing, window - min(clip.shape[1], window // 2))
+        old = clip[:, : window - new] if before else clip[:, new - window :]
+        made = torch.zeros_like(clip[:, :1]).expand(-1, new, -1, -1)
+        parts = [made, old] if before else [old, made] + [old] * loop
+        mask = torch.cat([torch.full_like(part[0], part is old) for part in parts])
+        options = dict(known=torch.cat(parts, 1)[None], mask=mask[None], frames=len(mask))
+        options |= dict(seed=settings["seed"] + clip.shape[1], progress=True)
+        whole = sample_captions(model, [caption], checkpoint["vocabulary"], settings, **options)[0]
+        made = whole[:, mask[:, 0, 0] == 0]
+        clip = torch.cat([made, clip] if before else [clip, made], 1)
+    return clip
+
+
 def given_part(args, settings):
-    """What the clip named in args gives `sample`. May change settings["frames"] to fit it."""
-    path = args.image or args.extend or args.inpaint or args.edit
+    """The clip in args, and the options it gives `sample`; None if `continue_clip` finds them."""
+    path, fixed = args.image or args.extend or args.inpaint or args.edit, args.inpaint or args.edit
     if (args.before or args.loop) and not args.extend or args.before and args.loop:
         raise ValueError("give --before or --loop together with --extend")
     if (args.mask or args.box) and not args.inpaint or args.strength != 0.8 and not args.edit:
         raise ValueError("--mask and --box go with --inpaint, --strength with --edit")
     if not path:
-        return {}
+        return None, {}
     clip = read_frames(path, settings["height"], settings["width"])[:, : 1 if args.image else None]
-    n = clip.shape[1]
-    if args.edit or args.inpaint:
-        settings["frames"] = n
-    missing = settings["frames"] - n
-    if missing < 0:
-        raise ValueError(f"{path} has {n} frames, more than --frames {settings['frames']}")
-    known = torch.zeros(3, settings["frames"] + args.loop * n, *clip.shape[2:])
-    mask = torch.zeros_like(known[0])
-    starts = (missing * args.before, settings["frames"])  # with --loop, also after the end
-    for at in starts[: 1 + args.loop]:
-        known[:, at : at + n], mask[at : at + n] = clip, 1
+    settings["frames"] = clip.shape[1] if fixed else settings["frames"]
+    if not fixed:
+        if clip.shape[1] >= settings["frames"]:
+            raise ValueError(f"{path} has {clip.shape[1]} frames; --frames has to be more")
+        return clip, None
     if args.edit:
-        return dict(known=known[None], strength=args.strength)
+        return clip, dict(known=clip[None], strength=args.strength)
+    mask = torch.ones_like(clip[0])
     if args.box:
         mask[(..., *args.box)] = 0
     if args.mask:
         mask *= read_frames(args.mask, *mask.shape[1:])[:, :1].mean(0) < 0  # white is made anew
     if mask.all() or not mask.any():
-        raise ValueError("there is nothing to make, or nothing given: see --frames, --mask, --box")
-    return dict(known=known[None], mask=mask[None], frames=len(mask))
+        raise ValueError("--mask or --box has to leave a part of the clip, and not all of it")
+    return clip, dict(known=clip[None], mask=mask[None])
 
 
 def replace_file(path, data):
@@ -372,10 +388,10 @@ def main():
     settings = dataclasses.asdict(Settings(**checkpoint["sampling"]))
     settings |= {name: value for name, value in vars(args).items() if name in settings}
     Settings(**settings)  # its limits
-    given = given_part(args, settings)
-    command = {"command": sys.argv[1:]} if given else {}
+    clip, given = given_part(args, settings)
+    command = {} if clip is None else {"command": sys.argv[1:]}
     for name, known in checkpoint["trained"].items():
-        if settings[name] not in known:
+        if settings[name] not in known and (name, given) != ("frames", None):
             print(f"warning: {name} is {settings[name]}; trained on {known}", file=sys.stderr)
     encode(args.captions, checkpoint["vocabulary"]), times(1, settings["schedule"])  # errors first
     for i, caption in enumerate(args.captions):
@@ -384,10 +400,14 @@ def main():
             name = f"{i:03d}-" + re.sub(r"\W+", "-", caption)[:60]
             path = path.parent / path.stem / (name + (path.suffix or ".gif"))
         path.parent.mkdir(parents=True, exist_ok=True)  # if it cannot, before the work
-        options = {**settings, **given, "progress": True}
-        clips = sample_captions(model, [caption], checkpoint["vocabulary"], options)
+        if given is None:
+            ways = args.before, args.loop
+            made = continue_clip(model, caption, checkpoint, settings, clip, *ways)
+        else:
+            options = {**settings, **given, "progress": True}
+            made = sample_captions(model, [caption], checkpoint["vocabulary"], options)[0]
         note = {**settings, "caption": caption, "checkpoint": checkpoint["sha256"], **command}
-        write_clip(path, to_frames(clips[0])[: settings["frames"]], settings["fps"], note)
+        write_clip(path, to_frames(made), settings["fps"], note)
         print(f"wrote {path}: {caption!r}, seed {settings['seed']}")
         settings["seed"] += 1
 

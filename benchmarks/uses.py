@@ -1,7 +1,7 @@
 """Claim: one sampler has five uses. The judge's verdict on clips of which a part was given.
 
     python benchmarks/uses.py                                the shipped checkpoint, 100 captions
-    python benchmarks/uses.py --captions 16 --only image "edit 0.8" --resample 1 4
+    python benchmarks/uses.py --captions 16 --only image "edit 0.8"
 
 Held-out captions, and ideal clips of the toy world. A use gives the sampler a part of such a clip,
 and the whole result is judged: attributes, one object, form, no step off by half a pixel, also
@@ -28,7 +28,7 @@ USES += [f"edit {strength}" for strength in STRENGTHS]
 def given_part(use, specs, starts):
     """The options of `sample` for one use, and the specs that the result has to show."""
     kind, _, value = use.partition(" ")
-    frames = {"extend": 24, "loop": 28}.get(kind, 16)
+    frames = 28 if kind == "loop" else 16
     known = shapes.render(specs, starts, frames)
     mask = torch.zeros(1, *known.shape[2:])
     if kind == "edit":
@@ -37,7 +37,7 @@ def given_part(use, specs, starts):
     if kind == "image":
         mask[:, :1] = 1
     elif kind == "extend":
-        mask[:, 8:] = 1  # the last 16 frames
+        mask[:, 8:] = 1  # the last 8 frames, as in each window of a longer clip
         mask = mask if value else mask.flip(1)
     elif kind == "inpaint":  # a quarter of each frame
         mask += 1
@@ -47,13 +47,13 @@ def given_part(use, specs, starts):
     return dict(known=known, mask=mask) if mask.any() else {}, specs
 
 
-def make(model, checkpoint, use, specs, starts, resample):
+def make(model, checkpoint, use, specs, starts):
     """Clips of a use, 16 at a time, and the specs that they have to show."""
     clips, told = [], []
     for i in range(0, len(specs), 16):
         options, shown = given_part(use, specs[i : i + 16], starts[i : i + 16])
         frames = options["known"].shape[2] if options else 16
-        settings = {**checkpoint["sampling"], "frames": frames, "resample": resample, "seed": i}
+        settings = {**checkpoint["sampling"], "frames": frames, "seed": i}
         settings = dataclasses.asdict(sampler.Settings(**settings)) | options
         captions = [shapes.caption(spec) for spec in shown]
         made = sampler.sample_captions(model, captions, checkpoint["vocabulary"], settings)
@@ -70,7 +70,6 @@ def main():
     shipped = str(Path(__file__).resolve().parent.parent / "assets" / "tiny.pt")
     parser.add_argument("--checkpoint", default=shipped)
     parser.add_argument("--captions", type=int, default=100, help="judged a use (default 100)")
-    parser.add_argument("--resample", type=int, nargs="+", default=[1], help="as in sample.py")
     parser.add_argument("--only", nargs="+", choices=USES, default=USES, help="these uses")
     parser.add_argument("--seed", type=int, default=0, help="of captions and places")
     args = common.arguments(parser)
@@ -80,13 +79,13 @@ def main():
     starts = shapes.SIZE * torch.rand(len(specs), 2, generator=generator)
     table = common.Table(args.out / "uses.csv")
     for use in args.only:
-        for resample in args.resample:
-            made = make(model, checkpoint, use, specs, starts, resample)
-            mean = judge.summary(judge.judge(*made))
-            keys = ("lenient", "strict", "colour", "shape", "direction")
-            shares = {key: round(100 * mean[key]) for key in keys}
-            table.add(use=use, captions=len(specs), resample=resample, **shares,
-                      overlap=round(mean["overlap"], 2), jump=round(mean["jump"], 2))  # fmt: skip
+        verdict = judge.judge(*make(model, checkpoint, use, specs, starts))
+        verdict["steady"] = verdict["lenient"] & (verdict["jump"] <= judge.JUMP)
+        mean = judge.summary(verdict)
+        keys = ("lenient", "steady", "strict", "colour", "shape", "direction")
+        shares = {key: round(100 * mean[key]) for key in keys}
+        table.add(use=use, captions=len(specs), **shares,
+                  overlap=round(mean["overlap"], 2), jump=round(mean["jump"], 2))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -379,7 +379,7 @@ def uses(args):
         known = shapes.render(shapes.parse_caption(circle)[None], torch.tensor([[4.0, 12.0]]), n)
         mask = None if given is None else given[None, :n].float()
         settings = {**checkpoint["sampling"], "frames": n}
-        settings |= dict(known=known, mask=mask, resample=4 if name == "--image" else 1)
+        settings |= dict(known=known, mask=mask)
         clips = sampler.sample_captions(
             model, [caption], checkpoint["vocabulary"], settings, **options
         )
