@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import signal
 import sys
@@ -62,15 +63,17 @@ class Settings:
                 raise ValueError(f"{name} is {value}; expected {low} to {high}")
 
 
-def encode(captions, vocabulary):
+def encode(captions, vocabulary, seed=None):
     """Captions -> word numbers (b, n), int64, padded with 0.
 
     vocabulary: words by kind, as {"colour": ["red", ...], ...}; they are numbered from 1.
+    seed: for each kind that caption i leaves open ("a red shape"), a word is drawn from seed + i.
+        (Movie Gen has a language model that completes its prompts.)
     Raises ValueError for an empty caption, an unknown word, or two words of a kind (not "other").
     """
     number = {word: i for i, word in enumerate(sum(vocabulary.values(), []), 1)}
     rows = []
-    for caption in captions:
+    for i, caption in enumerate(captions):
         words = re.findall(r"[^\s.,;:!?\"']+", caption.lower())
         if not words:
             raise ValueError('the caption is empty; try "a red circle moving right"')
@@ -81,8 +84,11 @@ def encode(captions, vocabulary):
                 raise ValueError(f"the model does not know the word {word!r}; {hint}")
         for kind, known in vocabulary.items():
             named = [word for word in words if word in known]
-            if len(named) > 1 and kind != "other":
+            if kind != "other" and len(named) > 1:
                 raise ValueError(f"the model shows one object, but {named} each name a {kind}")
+            if kind != "other" and seed is not None and named in ([], [kind]):
+                drawn = random.Random(f"{kind} {seed + i}").choice([w for w in known if w != kind])
+                words = [word for word in words if word != kind] + [drawn]
         rows.append(torch.tensor([number[word] for word in words]))
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
@@ -176,7 +182,7 @@ def sample_captions(model, captions, vocabulary, settings, **options):
     """Clips (b, 3, frames, h, w) on the CPU, by a dict of Settings, made 16 at a time."""
     options = {**settings, **options}
     *shape, seed, _ = [options.pop(key) for key in ("frames", "height", "width", "seed", "fps")]
-    parts = enumerate(encode(captions, vocabulary).split(16))
+    parts = enumerate(encode(captions, vocabulary, seed).split(16))
     clips = [sample(model, part, shape, seed=seed + 16 * i, **options).cpu() for i, part in parts]
     return torch.cat(clips)
 

@@ -21,7 +21,7 @@ from benchmarks import common
 from toy import judge, shapes
 
 STRENGTHS = (0.6, 0.7, 0.8, 0.9, 0.95)
-USES = ["plain", "image", "extend", "extend before", "inpaint", "loop"]
+USES = ["plain", "fewer words", "image", "extend", "extend before", "inpaint", "loop"]
 USES += [f"edit {strength}" for strength in STRENGTHS]
 
 
@@ -31,6 +31,9 @@ def given_part(use, specs, starts):
     frames = 28 if kind == "loop" else 16
     known = shapes.render(specs, starts, frames)
     mask = torch.zeros(1, *known.shape[2:])
+    if kind == "fewer":  # one or two of colour, shape and direction are not named
+        unnamed = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
+        return {}, specs.masked_fill(unnamed.bool()[torch.arange(len(specs)) % 6], -1)
     if kind == "edit":
         other = (specs + torch.tensor([1, 1, 0])) % torch.tensor([6, 4, 8])
         return dict(known=known, strength=float(value)), other

@@ -102,6 +102,8 @@ def knows(value, **options):
 def test_words_are_numbered_by_their_place_whatever_their_case_and_padded_with_0():
     text = sampler.encode(["a red circle", '"Blue  SQUARE,\tmoving up-left!"\n'], WORDS)
     assert text.tolist() == [[7, 1, 3, 0], [2, 4, 8, 6]] and text.dtype == torch.int64
+    drawn = {tuple(sampler.encode(["a blue"], WORDS, seed)[0].tolist()) for seed in range(40)}
+    assert drawn == {(7, 2, shape, direction) for shape in (3, 4) for direction in (5, 6)}
 
 
 @pytest.mark.parametrize("caption, says", [
