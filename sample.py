@@ -375,7 +375,7 @@ def main():
     given.add_argument("--inpaint", metavar="CLIP", help="a part of it is made anew")
     given.add_argument("--edit", metavar="CLIP", help="sampling begins with it, noised")
     add("--before", action="store_true", help="with --extend: the new frames come first")
-    add("--loop", action="store_true", help="and the end joins the beginning (the toy: 24 frames)")
+    add("--loop", action="store_true", help="with --extend: the end joins the beginning (toy: 24)")
     add("--mask", metavar="FILE", help="with --inpaint: white is made anew (in its first frame)")
     add("--box", type=box, metavar="X0,Y0,X1,Y1", help="or inside a box of pixels of the model")
     add("--strength", type=float, default=0.8, help="with --edit: 0 keeps the clip, 1 ignores it")
@@ -397,7 +397,7 @@ def main():
     clip, given = given_part(args, settings)
     command = {} if clip is None else {"command": sys.argv[1:]}
     for name, known in checkpoint["trained"].items():
-        if settings[name] not in known and (name, given) != ("frames", None):
+        if settings[name] not in known and (name != "frames" or given is not None or args.loop):
             print(f"warning: {name} is {settings[name]}; trained on {known}", file=sys.stderr)
     encode(args.captions, checkpoint["vocabulary"]), times(1, settings["schedule"])  # errors first
     for i, caption in enumerate(args.captions):

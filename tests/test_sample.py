@@ -417,13 +417,13 @@ def assert_one_line(said, name, says):
 
 
 @pytest.mark.parametrize("argv, code, says", [
-    ("", 2, "a caption is missing"), ("purple --out new/clip.gif", 2, "does not know"),
+    ("", 2, "a caption is missing"), ("circle --image missing.png", 1, "missing.png"),
     ("circle --out new/clip.mp4", 2, "--out new/clip.mp4: expected a folder, or an ending of"),
     ("circle --frames 7", 2, "expected multiples of the patch"),
-    ("circle --guidance nan", 2, "guidance is nan"), ("circle --backend mamba_ssm", 2, "mamba_ssm"),
+    ("circle --guidance nan", 2, "guidance is nan"), ("circle --loop", 2, "together with --extend"),
     ("circle --device tpu", 2, "the device 'tpu' is not available here"),
     ("circle --checkpoint missing.pt", 1, "missing.pt"), ("--read missing.gif", 1, "missing.gif"),
-    ("circle --image missing.png", 1, "missing.png"), ("circle --loop", 2, "with --extend"),
+    ("circle --backend mamba_ssm", 2, "mamba_ssm"), ("purple --out new/a.gif", 2, "does not know"),
     ("circle --edit tiny.pt", 2, "tiny.pt is no picture or clip"),
     ("circle --box 1,2,3,4", 2, "--box go with --inpaint"),
     ("circle --box 1,2,3", 2, "invalid box value: '1,2,3'"),
