@@ -67,8 +67,8 @@ def encode(captions, vocabulary, seed=None):
     """Captions -> word numbers (b, n), int64, padded with 0.
 
     vocabulary: words by kind, as {"colour": ["red", ...], ...}; they are numbered from 1.
-    seed: for each kind that caption i leaves open ("a red shape"), a word is drawn from seed + i.
-        (Movie Gen has a language model that completes its prompts.)
+    seed: completes captions, as Movie Gen does by a language model. For each kind that caption i
+        leaves open ("a red shape"), a word is drawn from seed + i; words of "other" are added.
     Raises ValueError for an empty caption, an unknown word, or two words of a kind (not "other").
     """
     number = {word: i for i, word in enumerate(sum(vocabulary.values(), []), 1)}
@@ -84,9 +84,11 @@ def encode(captions, vocabulary, seed=None):
                 raise ValueError(f"the model does not know the word {word!r}; {hint}")
         for kind, known in vocabulary.items():
             named = [word for word in words if word in known]
-            if kind != "other" and len(named) > 1:
+            if kind == "other":
+                words += [word for word in known if seed is not None and word not in words]
+            elif len(named) > 1:
                 raise ValueError(f"the model shows one object, but {named} each name a {kind}")
-            if kind != "other" and seed is not None and named in ([], [kind]):
+            elif seed is not None and named in ([], [kind]):
                 drawn = random.Random(f"{kind} {seed + i}").choice([w for w in known if w != kind])
                 words = [word for word in words if word != kind] + [drawn]
         rows.append(torch.tensor([number[word] for word in words]))
@@ -115,7 +117,7 @@ def times(steps, schedule="uniform", shift=1.0):
 @torch.no_grad()
 def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strength=1.0, steps=50,
            guidance=1.0, schedule="uniform", shift=1.0, renoise=0.0, seed=0, progress=False,
-           callback=None):  # fmt: skip
+           callback=lambda t, x1: None):  # fmt: skip
     """Sample clips: (b, channels, frames, height, width), float32, on the model's device.
 
     text and text_mask: as LinGen.forward takes them. shape: (frames, height, width).
@@ -171,8 +173,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
         if renoise and t_next < 1:
             x0 = math.sqrt(1 - renoise**2) * x0 + renoise * draw_noise()
         x = (1 - t_next) * x0 + t_next * x1
-        if callback:
-            callback(t, x1)
+        callback(t, x1)
     if not x.isfinite().all():
         raise FloatingPointError("the clip is not finite; try another checkpoint or less guidance")
     return x.clamp(-1, 1) if model.config.channels == 3 else x  # latents have no bounds
@@ -204,8 +205,8 @@ def load_model(path, device="cpu", backend=None):
     checkpoint = load_checkpoint(path)
     try:
         Settings(**checkpoint["sampling"])
-        config = lingen.LinGenConfig(**checkpoint["config"])
-        config = dataclasses.replace(config, backend=backend or config.backend)
+        chosen = {"backend": backend} if backend else {}
+        config = lingen.LinGenConfig(**{**checkpoint["config"], **chosen})
         with torch.device("meta"):  # takes no memory before the weights are known to fit
             model = lingen.LinGen(config)
         model.load_state_dict(checkpoint["weights"], assign=True)
@@ -264,51 +265,45 @@ def box(text):
     return slice(y0, y1), slice(x0, x1)
 
 
-def continue_clip(model, caption, checkpoint, settings, clip, before=False, loop=False):
-    """A clip (3, n, h, w) goes on to settings["frames"], or begins earlier, or joins its beginning.
-
-    It is made in windows as long as the longest clip of the training; of a full one half is given.
-    """
-    window = 10**9 if loop else max(checkpoint["trained"]["frames"])
-    while (missing := settings["frames"] - clip.shape[1]) > 0:
-        new = min(missing, window - min(clip.shape[1], window // 2))
-        old = clip[:, : window - new] if before else clip[:, new - window :]
-        made = torch.zeros_like(clip[:, :1]).expand(-1, new, -1, -1)
-        parts = [made, old] if before else [old, made] + [old] * loop
-        mask = torch.cat([torch.full_like(part[0], part is old) for part in parts])
-        options = dict(known=torch.cat(parts, 1)[None], mask=mask[None], frames=len(mask))
-        options |= dict(seed=settings["seed"] + clip.shape[1], progress=True)
-        whole = sample_captions(model, [caption], checkpoint["vocabulary"], settings, **options)[0]
-        made = whole[:, mask[:, 0, 0] == 0]
-        clip = torch.cat([made, clip] if before else [clip, made], 1)
-    return clip
-
-
 def given_part(args, settings):
-    """The clip in args, and the options it gives `sample`; None if `continue_clip` finds them."""
-    path, fixed = args.image or args.extend or args.inpaint or args.edit, args.inpaint or args.edit
-    if (args.before or args.loop) and not args.extend or args.before and args.loop:
-        raise ValueError("give --before or --loop together with --extend")
-    if (args.mask or args.box) and not args.inpaint or args.strength != 0.8 and not args.edit:
-        raise ValueError("--mask and --box go with --inpaint, --strength with --edit")
+    """The options of `sample` by which the command line gives a clip, or a part of one."""
+    path = args.image or args.extend or args.inpaint or args.edit
     if not path:
-        return None, {}
+        return {}
     clip = read_frames(path, settings["height"], settings["width"])[:, : 1 if args.image else None]
-    settings["frames"] = clip.shape[1] if fixed else settings["frames"]
-    if not fixed:
-        if clip.shape[1] >= settings["frames"]:
-            raise ValueError(f"{path} has {clip.shape[1]} frames; --frames has to be more")
-        return clip, None
+    mask, new = torch.ones_like(clip[0]), settings["frames"] - clip.shape[1]
+    if args.edit or args.inpaint:
+        settings["frames"] = len(mask)
+    elif new < 1:
+        raise ValueError(f"{path} has {len(mask)} frames; --frames has to be more")
+    else:
+        made = clip.new_zeros(3, new, *mask.shape[1:])
+        parts = [made, clip] if args.before else [clip, made] + [clip] * args.loop
+        mask = torch.cat([torch.full_like(part[0], part is clip) for part in parts])
+        clip = torch.cat(parts, 1)
     if args.edit:
-        return clip, dict(known=clip[None], strength=args.strength)
-    mask = torch.ones_like(clip[0])
+        return dict(known=clip[None], strength=args.strength)
     if args.box:
         mask[(..., *args.box)] = 0
-    if args.mask:
-        mask *= read_frames(args.mask, *mask.shape[1:])[:, :1].mean(0) < 0  # white is made anew
+    if args.mask:  # white is made anew
+        mask *= read_frames(args.mask, *mask.shape[1:])[:, :1].mean(0) < 0
     if mask.all() or not mask.any():
         raise ValueError("--mask or --box has to leave a part of the clip, and not all of it")
-    return clip, dict(known=clip[None], mask=mask[None])
+    return dict(known=clip[None], mask=mask[None], frames=len(mask))
+
+
+def sample_windows(model, caption, vocabulary, settings, window, known, mask, frames):
+    """Clips (b, 3, frames, h, w), made `window` frames at a time: half given or made before."""
+    clip, mask = known.clone(), mask.clone()
+    while missing := [i for i in range(frames) if not mask[:, i].all()]:
+        start = missing[0] - window // 2 if missing[0] else missing[-1] + 1 - (window + 1) // 2
+        start = min(max(0, start), max(0, frames - window))
+        part = slice(start, start + window)
+        options = dict(known=clip[:, :, part], mask=mask[:, part], seed=settings["seed"] + start)
+        options |= dict(frames=min(frames, window), progress=True)
+        clip[:, :, part] = sample_captions(model, [caption], vocabulary, settings, **options)
+        mask[:, part] = 1
+    return clip
 
 
 def replace_file(path, data):
@@ -369,13 +364,14 @@ def main():
     add("--checkpoint", default=Path(__file__).parent / "assets" / "tiny.pt")
     for field in dataclasses.fields(Settings):
         add(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, help=repr(field.default))
-    given = parser.add_mutually_exclusive_group()
-    given.add_argument("--image", metavar="FILE", help="the first frame is given")
-    given.add_argument("--extend", metavar="CLIP", help="the clip goes on, to --frames in all")
-    given.add_argument("--inpaint", metavar="CLIP", help="a part of it is made anew")
-    given.add_argument("--edit", metavar="CLIP", help="sampling begins with it, noised")
-    add("--before", action="store_true", help="with --extend: the new frames come first")
-    add("--loop", action="store_true", help="with --extend: the end joins the beginning (toy: 24)")
+    uses = parser.add_mutually_exclusive_group()
+    uses.add_argument("--image", metavar="FILE", help="the first frame is given")
+    uses.add_argument("--extend", metavar="CLIP", help="the clip goes on, to --frames in all")
+    uses.add_argument("--inpaint", metavar="CLIP", help="a part of it is made anew")
+    uses.add_argument("--edit", metavar="CLIP", help="sampling begins with it, noised")
+    end = parser.add_mutually_exclusive_group()
+    end.add_argument("--before", action="store_true", help="with --extend: new frames come first")
+    end.add_argument("--loop", action="store_true", help="or its end joins its beginning (toy: 24)")
     add("--mask", metavar="FILE", help="with --inpaint: white is made anew (in its first frame)")
     add("--box", type=box, metavar="X0,Y0,X1,Y1", help="or inside a box of pixels of the model")
     add("--strength", type=float, default=0.8, help="with --edit: 0 keeps the clip, 1 ignores it")
@@ -384,36 +380,40 @@ def main():
     add("--read", metavar="CLIP", help="print the settings inside a clip, and stop")
     args = parser.parse_args()
     if args.read:
-        print(json.dumps(read_settings(args.read), indent=1))
-        return
+        return print(json.dumps(read_settings(args.read), indent=1))
     if not args.captions:
         parser.error('a caption is missing; try: python sample.py "a red circle moving right"')
+    needs = dict(before="extend", loop="extend", mask="inpaint", box="inpaint", strength="edit")
+    for option, use in needs.items():
+        if getattr(args, option) != parser.get_default(option) and not getattr(args, use):
+            parser.error(f"--{option} goes with --{use}")
     if args.out.suffix.lower() not in ("", *ENDINGS):
         parser.error(f"--out {args.out}: expected a folder, or an ending of {', '.join(ENDINGS)}")
     model, checkpoint = load_model(args.checkpoint, choose_device(args.device), args.backend)
     settings = dataclasses.asdict(Settings(**checkpoint["sampling"]))
     settings |= {name: value for name, value in vars(args).items() if name in settings}
     Settings(**settings)  # its limits
-    clip, given = given_part(args, settings)
-    command = {} if clip is None else {"command": sys.argv[1:]}
+    given = given_part(args, settings)
+    window = max(checkpoint["trained"]["frames"]) if "mask" in given and not args.loop else None
     for name, known in checkpoint["trained"].items():
-        if settings[name] not in known and (name != "frames" or given is not None or args.loop):
+        if settings[name] not in known and not (window and name == "frames"):
             print(f"warning: {name} is {settings[name]}; trained on {known}", file=sys.stderr)
-    encode(args.captions, checkpoint["vocabulary"]), times(1, settings["schedule"])  # errors first
+    vocabulary = checkpoint["vocabulary"]
+    encode(args.captions, vocabulary), times(1, settings["schedule"])  # errors before the work
     for i, caption in enumerate(args.captions):
         path = args.out
         if len(args.captions) > 1 or not path.suffix:  # a folder
             name = f"{i:03d}-" + re.sub(r"\W+", "-", caption)[:60]
             path = path.parent / path.stem / (name + (path.suffix or ".gif"))
         path.parent.mkdir(parents=True, exist_ok=True)  # if it cannot, before the work
-        if given is None:
-            ways = args.before, args.loop
-            made = continue_clip(model, caption, checkpoint, settings, clip, *ways)
+        if window:
+            clip = sample_windows(model, caption, vocabulary, settings, window, **given)[0]
         else:
             options = {**settings, **given, "progress": True}
-            made = sample_captions(model, [caption], checkpoint["vocabulary"], options)[0]
-        note = {**settings, "caption": caption, "checkpoint": checkpoint["sha256"], **command}
-        write_clip(path, to_frames(made), settings["fps"], note)
+            clip = sample_captions(model, [caption], vocabulary, options)[0]
+        note = {**settings, "caption": caption, "checkpoint": checkpoint["sha256"]}
+        note |= {"command": sys.argv[1:]} if given else {}
+        write_clip(path, to_frames(clip)[: settings["frames"]], settings["fps"], note)
         print(f"wrote {path}: {caption!r}, seed {settings['seed']}")
         settings["seed"] += 1
 

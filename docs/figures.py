@@ -324,7 +324,7 @@ def examples(args):
     return page.png()
 
 
-def sample_clips(args, captions, callback=None):
+def sample_clips(args, captions, callback=lambda t, x1: None):
     model, checkpoint = sampler.load_model(args.checkpoint)
     settings = dataclasses.asdict(sampler.Settings(**checkpoint["sampling"]))
     options = dict(callback=callback, progress=True)

@@ -103,7 +103,7 @@ def test_words_are_numbered_by_their_place_whatever_their_case_and_padded_with_0
     text = sampler.encode(["a red circle", '"Blue  SQUARE,\tmoving up-left!"\n'], WORDS)
     assert text.tolist() == [[7, 1, 3, 0], [2, 4, 8, 6]] and text.dtype == torch.int64
     drawn = {tuple(sampler.encode(["a blue"], WORDS, seed)[0].tolist()) for seed in range(40)}
-    assert drawn == {(7, 2, shape, direction) for shape in (3, 4) for direction in (5, 6)}
+    assert drawn == {(7, 2, shape, direction, 8) for shape in (3, 4) for direction in (5, 6)}
 
 
 @pytest.mark.parametrize("caption, says", [
@@ -420,12 +420,12 @@ def assert_one_line(said, name, says):
     ("", 2, "a caption is missing"), ("circle --image missing.png", 1, "missing.png"),
     ("circle --out new/clip.mp4", 2, "--out new/clip.mp4: expected a folder, or an ending of"),
     ("circle --frames 7", 2, "expected multiples of the patch"),
-    ("circle --guidance nan", 2, "guidance is nan"), ("circle --loop", 2, "together with --extend"),
+    ("circle --guidance nan", 2, "guidance is nan"), ("circle --loop", 2, "goes with --extend"),
     ("circle --device tpu", 2, "the device 'tpu' is not available here"),
     ("circle --checkpoint missing.pt", 1, "missing.pt"), ("--read missing.gif", 1, "missing.gif"),
     ("circle --backend mamba_ssm", 2, "mamba_ssm"), ("purple --out new/a.gif", 2, "does not know"),
     ("circle --edit tiny.pt", 2, "tiny.pt is no picture or clip"),
-    ("circle --box 1,2,3,4", 2, "--box go with --inpaint"),
+    ("circle --box 1,2,3,4", 2, "--box goes with --inpaint"),
     ("circle --box 1,2,3", 2, "invalid box value: '1,2,3'"),
 ])  # fmt: skip
 def test_a_wrong_call_gets_one_line_and_makes_no_file_or_folder(command, argv, code, says):
