@@ -198,9 +198,6 @@ def test_inputs_are_left_alone_and_strides_do_not_matter(form):
     assert all(torch.equal(tensors[name], t) for name, t in before.items())
 
 
-# --- The layers ---
-
-
 def layer_and_tokens(layer, dtype=torch.float32, **options):
     torch.manual_seed(0)
     u = torch.randn(2, 21, 16, dtype=dtype, requires_grad=True)
@@ -254,9 +251,6 @@ def test_export_and_deepcopy_leave_the_layer_as_it_was(cls):
     exported = torch.export.export(layer, (u.detach(),)).module()
     for call in (exported, copy.deepcopy(layer), layer):
         torch.testing.assert_close(call(u), wanted)
-
-
-# --- Backends and errors ---
 
 
 def test_auto_says_once_what_it_takes(capsys):

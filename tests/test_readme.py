@@ -1,6 +1,7 @@
 """README and docs cannot rot: what they name exists, and their figures are those of the files."""
 
 import importlib
+import inspect
 import json
 import re
 import runpy
@@ -10,6 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import lingen
 import sample
@@ -52,12 +54,20 @@ def help_of(monkeypatch, capsys, script):
     return capsys.readouterr().out
 
 
-def test_functions_and_tests_of_the_papers_table_exist():
-    table = rows(section(TOUR, "From the paper to the line"))
+def test_the_papers_table_names_functions_tests_and_what_the_toy_uses():
+    table, called = rows(section(TOUR, "From the paper to the line")), set()
+    run = train_tiny.Run(lingen.preset("tiny"), dict(steps=1, seed=0, rate=0), torch.device("cpu"))
+    sys.setprofile(lambda frame, event, argument: called.add(frame.f_code))
+    run.advance()
+    sample.sample(run.average, torch.ones(1, 1).long(), (2, 24, 24), steps=1)
+    sys.setprofile(None)
     assert len(table) >= 12
-    for _, here, tested in table:
+    for _, here, tested, used in table:
         for name in re.findall(r"`([\w.]+)`", here):
-            find(name)
+            thing = getattr(find(name), "forward", find(name))
+            thing = inspect.getclosurevars(thing).nonlocals.get("form", thing)  # of a scan
+            uses = used == "yes" or name in used or "--" in used  # an option uses it otherwise
+            assert uses == (thing.__code__ in called), name
         for name in re.findall(r"`(\w+)`", tested):
             assert f"def {name}(" in TESTS, name
 

@@ -19,9 +19,6 @@ def random_starts(n, size=24):
     return size * torch.rand(n, 2, generator=seeded(1))
 
 
-# ---- the world ----------------------------------------------------------------------------------
-
-
 def test_a_tenth_is_held_out_and_training_meets_every_pair():
     trained = shapes.random_specs(5000, seeded()).unique(dim=0)
     tested = shapes.random_specs(5000, seeded(), held_out_only=True).unique(dim=0)
@@ -78,9 +75,6 @@ def test_batches_depend_on_their_generator_alone():
     again = shapes.make_batch(8, 4, seeded(5), left_out=0.5)
     assert torch.equal(clips, again[0]) and captions == again[1] and torch.equal(specs, again[2])
     assert not torch.equal(clips, shapes.make_batch(8, 4, seeded(6), left_out=0.5)[0])
-
-
-# ---- the judge ----------------------------------------------------------------------------------
 
 
 def test_a_thousand_drawn_clips_are_right():
