@@ -296,12 +296,12 @@ def ssd_bidirectional(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=Non
                       dt_softplus=False, dt_limit=(0.0, INF), scan=ssd_chunked):
     """scan(x) + flip(scan(flip(x))) (LinGen fig. 3), all inputs flipped; D and the gate on the sum.
 
-    The diagonal term (C_i B_i) v_i is in both scans, so it counts twice."""
-    options = dict(dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
-    y = scan(x, dt, A, B, C, chunk_size, **options)
-    x2, dt2, B2, C2 = (t.flip(1) for t in (x, dt, B, C))
-    y = y + scan(x2, dt2, A, B2, C2, chunk_size, **options).flip(1)
-    return skip_and_gate(y, x, D, z)
+    Both scans run in one call, as one batch. The diagonal term (C_i B_i) v_i counts twice."""
+    x2, dt2, B2, C2 = (torch.cat([t, t.flip(1)]) for t in (x, dt, B, C))
+    y = scan(x2, dt2, A, B2, C2, chunk_size, dt_bias=dt_bias, dt_softplus=dt_softplus,
+             dt_limit=dt_limit)
+    y, y_flipped = y.chunk(2)
+    return skip_and_gate(y + y_flipped.flip(1), x, D, z)
 
 
 # --- Backends: whose scan runs --------------------------------------------------------------------
