@@ -35,7 +35,7 @@ class LinGenConfig:
     # The clip and its caption.
     channels: int = 3
     patch: tuple = (2, 4, 4)  # pixels (or latents) of one token
-    grid: tuple = (0, 6, 6)  # lengths of the additive position tables; 0: none along this axis
+    grid: tuple = (0, 6, 6)  # tokens that the additive position tables cover; 0: no table
     vocab_size: int = 0  # captions are word numbers 1 ... vocab_size, 0 is padding
     text_dim: int = 0  # or captions are embeddings of this width
     predicts: str = "clean"  # the clean clip (x-prediction), or "velocity" = data - noise
@@ -104,7 +104,7 @@ def review_tokens(grid, pool):
 class MATE(nn.Module):
     """MA-branch plus TE-branch (fig. 2): grid (b, t, h, w, d) -> the same shape.
 
-    Review tokens stand at both ends, where each direction reads them first. Their outputs are cut.
+    Each direction first reads review tokens: they stand at both ends. Their outputs are dropped.
     """
 
     def __init__(self, config, layer=0):
@@ -169,7 +169,7 @@ class Block(nn.Module):
     """MATE (or full attention), cross-attention to the caption, feed-forward; each is added to x.
 
     adaLN-Zero (DiT): the condition (b, 1, 1, 1, d), from time and caption, sets scale and shift of
-    two norms, and two gates, which start at 0. Cross-attention has none. x (b, t, h, w, d).
+    two norms, and two gates, which start at 0. Cross-attention has a plain norm and no gate.
     """
 
     def __init__(self, config, layer):
@@ -201,9 +201,9 @@ class LinGen(nn.Module):
         tables = {axis: 0.02 * torch.randn(size, d) for axis, size in sizes if size}
         self.positions = nn.ParameterDict(tables)
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
-        self.null_embedding = nn.Parameter(0.02 * torch.randn(d))  # a key without caption
+        self.null_embedding = nn.Parameter(0.02 * torch.randn(d))  # a first word of every caption
         if config.vocab_size:
-            self.words = nn.Embedding(config.vocab_size + 1, d, padding_idx=0)
+            self.words = nn.Embedding(config.vocab_size + 1, d, padding_idx=0)  # no positions
         else:
             self.words = nn.Linear(config.text_dim, d)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
@@ -220,7 +220,7 @@ class LinGen(nn.Module):
             the patch; one frame, a still picture, is always allowed. Else ValueError.
         t (b,): the time of each clip, in [0, 1].
         text: word numbers (b, n), 0 for padding; or embeddings (b, n, text_dim).
-        mask (b, n): True where a word stands; by default where the word number is not 0, or all.
+        mask (b, n): True for a word; by default where its number is not 0, or for all embeddings.
         """
         config, (pt, ph, pw), still = self.config, self.config.patch, clip.shape[2] == 1
         if still:  # a picture is repeated to fill its patch, and the output is averaged
@@ -233,11 +233,11 @@ class LinGen(nn.Module):
         for i, axis in enumerate("thw", 1):
             if axis in self.positions:
                 table = position_table(self.positions[axis], x.shape[i])
-                x = x + table.view([-1] + [1] * (3 - i) + [x.shape[-1]])
+                x = x + table.view([-1] + [1] * (3 - i) + [x.shape[-1]])  # t: (t, 1, 1, d)
         if mask is None:
             mask = text > 0 if config.vocab_size else text.new_ones(text.shape[:2]).bool()
         null = self.null_embedding.expand(len(text), 1, -1)
-        text = torch.cat([null, self.words(text)], 1)  # (b, 1 + n, d)
+        text = torch.cat([null, self.words(text)], 1)  # (b, 1 + n, d): softmax always has a key
         mask = F.pad(mask.bool(), (1, 0), value=True)  # (b, 1 + n)
         # Choice: the mean of null_embedding and words is added to the time embedding, so that the
         # caption reaches every norm. Movie Gen has cross-attention alone.

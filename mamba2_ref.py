@@ -2,10 +2,10 @@
 
 Dao and Gu 2024, "state-space duality", arXiv 2405.21060; LinGen fig. 3. A *selective state space
 model* can be read as a recurrence, as a masked attention matrix, or as chunks that use the matrix
-inside and the recurrence between. Per head, with v_t = dt_t x_t, a_t = dt_t A and A < 0:
+inside and the recurrence between. Per head, with v_t = dt_t x_t, a_t = dt_t A and one number A < 0:
 
     recurrent   h_t = exp(a_t) h_{t-1} + v_t B_t^T      y_t = h_t C_t
-    quadratic   y   = (L o C B^T) v                     L_ij = exp(a_{j+1} + ... + a_i) for i >= j
+    quadratic   y   = (L o (C B^T)) v                   L_ij = exp(a_{j+1} + ... + a_i) for i >= j
     chunked     the quadratic form inside each chunk of Q tokens, one state per chunk for the past
 
 The state h_t is a p x n matrix, 0 before the first token. Each token multiplies it by exp(a_t) and
@@ -32,11 +32,11 @@ from torch import nn
 INF = math.inf
 
 
-# --- What mamba-ssm adds around the scan; on a first reading, go on at form 1 ---------------------
+# --- What mamba-ssm adds around the scan; on a first reading, skip to form 1 ----------------------
 
 def with_options(form):
-    """Give a form mamba-ssm's arguments, without cu_seqlens and return_varlen_states. It gets the
-    final dt, a = dt A, the first state, Q, and `starts` (b, l), True where seq_idx changes."""
+    """Give a form mamba-ssm's arguments, without cu_seqlens and return_varlen_states. The form gets
+    the final dt, a = dt A, the first state, Q, and `starts` (b, l), True where seq_idx changes."""
     def ssd(x, dt, A, B, C, chunk_size=32, D=None, z=None, dt_bias=None, initial_states=None,
             seq_idx=None, dt_softplus=False, dt_limit=(0.0, INF), return_final_states=False):
         (b, l, h, p), (g, n) = x.shape, B.shape[2:]
@@ -44,7 +44,7 @@ def with_options(form):
             raise ValueError("dt must be (b, l, h), B and C (b, l, g, n), g divide h, l >= 1: "
                              f"got {[tuple(t.shape) for t in (x, dt, B, C)]}")
         if chunk_size < 1 or not 0 <= dt_limit[0] <= dt_limit[1]:
-            raise ValueError(f"chunk_size or dt_limit cannot be {chunk_size}, {dt_limit}")
+            raise ValueError(f"invalid chunk_size or dt_limit: {chunk_size}, {dt_limit}")
         with no_autocast(x.device):
             dtypes = (t.dtype for t in (x, dt, A, B, C))
             dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
@@ -69,7 +69,7 @@ def with_options(form):
     dt_bias (h), dt_softplus, dt_limit: dt becomes clamp(softplus or identity (dt + dt_bias)).
     initial_states (b, h, p, n): the state before the first token.
     seq_idx (b, l), integer: several sequences packed in one row; where the number changes, the
-        state is emptied. The initial state belongs to the first sequence.
+        state is reset. The initial state belongs to the first sequence.
     Returns y in the dtype of x; with return_final_states also the last state, at least float32."""
     return ssd
 
@@ -103,7 +103,7 @@ def ssd_recurrent(x, dt, a, B, C, state, starts, Q):
 
 
 def per_head(x, dt, a, B, C, starts):
-    """v, a, and B, C (b, l, h, n). A decay of exp(-inf) = 0 empties the state at `starts`."""
+    """v, a, and B, C (b, l, h, n). A decay of exp(-inf) = 0 resets the state at `starts`."""
     a = a if starts is None else a.masked_fill(starts[..., None], -INF)
     B, C = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (B, C))
     return dt[..., None] * x, a, B, C
@@ -114,8 +114,8 @@ def per_head(x, dt, a, B, C, starts):
 def segment_sums(a):
     """(..., l) -> (..., l, l): a_{j+1} + ... + a_i for i >= j, and -inf above the diagonal.
 
-    Summed term by term: a difference of two running sums would lose digits. Above the diagonal
-    the sum would be 0 and its exponential 1; -inf makes it 0."""
+    Column j keeps a_i in its rows i > j and is summed downwards, term by term: a difference of two
+    running sums would lose digits. The exponential of -inf is 0."""
     l = a.shape[-1]
     lower = torch.ones(l, l, dtype=torch.bool, device=a.device).tril()
     sums = a[..., None].expand(*a.shape, l).masked_fill(~lower.tril(-1), 0).cumsum(-2)
@@ -155,7 +155,7 @@ def ssd_chunked_plain(x, dt, a, B, C, state, starts, Q):
 
 
 # --- The same arranged for speed ------------------------------------------------------------------
-# On a first reading, go on at `ssd_bidirectional`: what follows computes nothing new.
+# On a first reading, skip to `ssd_bidirectional`: what follows computes nothing new.
 # N = b g; K chunks in a segment, k their slice; H states at chunk borders; G the masked C B^T.
 SEGMENT = {"cpu": 2**18, "other": 2**28}        # numbers in the largest tensor of a segment
 
@@ -204,11 +204,11 @@ class Chunks:
         least = 1.2 * math.log2(torch.finfo(a.dtype).tiny)      # 2^least is 0, not even subnormal
         log2 = (a * math.log2(math.e)).clamp(min=least)         # finite, or inf - inf would follow
         # Exponents are differences of two running sums: fewer digits than term by term, but fast.
-        # By rounding, and above the diagonal, they can be positive. So they are cut before exp2:
+        # By rounding, and where j > i, they can be positive. So they are clamped before exp2:
         # at 0, or where A > 0 lets the state grow, at the sum of the positive terms.
         sums, most = log2.cumsum(2), log2.clamp(min=0).sum(2, keepdim=True)
         self.sums, self.most = sums.mT.contiguous(), most.mT[..., None]     # (N, c, r, Q)
-        # Decays from a chunk's start to a token, and from there to the end; who may read whom.
+        # Decays from chunk start to token and from token to chunk end; then the causal mask.
         from_start, to_end = sums.exp2(), (sums[:, :, -1:] - sums).clamp(max=most).exp2()
         self.mask = a.new_ones(Q, Q).tril().expand(N, c, Q, Q)
         if starts is not None:                              # nothing crosses a sequence's start
@@ -236,8 +236,8 @@ class Chunks:
 
 
 class FastScan(torch.autograd.Function):
-    """The four steps of `one_chunk`, some chunks at a time. Kept for the backward pass are
-    the inputs and the states at the borders of chunks; the matrices are made again."""
+    """The four steps of `one_chunk`, some chunks at a time. The inputs and the states at borders
+    of chunks are kept for the backward pass; the matrices are computed again."""
 
     @staticmethod
     def forward(ctx, x, dt, a, B, C, state, starts):
@@ -252,7 +252,7 @@ class FastScan(torch.autograd.Function):
             if any(ctx.needs_input_grad):
                 borders.append(H)
         ctx.save_for_backward(x, dt, a, B, C, starts, *borders)
-        return y, state.clone()
+        return y, state.clone()     # else the last border would be shared with the caller
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -263,7 +263,7 @@ class FastScan(torch.autograd.Function):
             chunks, heads = Chunks(x, dt, a, B, C, starts), x.shape[3:]
             for k, H in reversed(list(zip(chunks.segments, borders))):
                 B_k, C_k, v, v_to_end, decay, L, G = chunks.cut(k)
-                # The gradient of the states runs against the states, through the same decays.
+                # The gradient of the states runs backwards in time, through the same decays.
                 decayed_dy = (chunks.from_start[:, k] * dy[:, k]).flatten(3)    # (N, K, Q, r p)
                 dH = torch.cat([dH[:, None], (C_k.mT @ decayed_dy).flip(1)], 1) # (N, K + 1, n, r p)
                 carry(decay.flip(1), dH)
@@ -279,10 +279,10 @@ class FastScan(torch.autograd.Function):
                 dv.addcmul_(chunks.to_end[:, k], d_v_to_end.unflatten(3, heads))
                 ddt[:, k] = (x[:, k] * dv).sum(-1)      # through v; autograd adds that through a
                 dv.mul_(dt[:, k, ..., None])                                # now dx
-                # E = dM o M is the gradient of L's exponents. a_m stands in those with j < m <= i:
-                # sum rows minus columns of E from m to the end. It stands also in from_start of
-                # i >= m, in to_end of j < m, and in the chunk's decay. The diagonal has exponent
-                # 0: it would cancel, but not without rounding.
+                # E = dM o M is the gradient of L's exponents. a_m occurs in those with j < m <= i:
+                # sum rows minus columns of E from m to the end. a_m also occurs in from_start of
+                # i >= m, in to_end of j < m, and in the chunk's decay. The diagonal of E would
+                # cancel, but only up to rounding, so it is left out.
                 E = dM_L.mul_(G.tril(-1))
                 d_from_start = (decayed_dy * (C_k @ H)).unflatten(3, heads).sum(-1)  # (N, K, Q, r)
                 d_to_end = (v_to_end * d_v_to_end).unflatten(3, heads).sum(-1)
@@ -366,7 +366,7 @@ class Mamba2(nn.Module):
         self.d_model, self.d_inner, self.d_state, self.d_conv = d_model, d_inner, d_state, d_conv
         self.headdim, self.ngroups, self.nheads = headdim, ngroups, d_inner // headdim
         self.dt_limit, self.chunk_size, self.backend = dt_limit, chunk_size, backend
-        if backend != "auto":                   # a backend that is not there is an error at once
+        if backend != "auto":                   # a missing backend is an error at once
             choose_scan(backend, torch.device("cuda"))
         d_conv_in = d_inner + 2 * ngroups * d_state                         # x, B, C
         self.in_proj = nn.Linear(d_model, d_inner + d_conv_in + self.nheads, bias=bias)
@@ -393,7 +393,7 @@ class Mamba2(nn.Module):
             scan = functools.partial(ssd_bidirectional, scan=scan)
         y = scan(x, dt, A, B, C, self.chunk_size, D=self.D, dt_bias=self.dt_bias,
                  dt_softplus=True, dt_limit=self.dt_limit)                  # (b, l, h, p)
-        y = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.ngroups, -1))    # RMS norm per group
+        y = (y.flatten(2) * F.silu(z)).unflatten(-1, (self.ngroups, -1))    # gate, then norm
         y = F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(-2) * self.norm.weight
         return self.out_proj(y)
 

@@ -50,8 +50,8 @@ class Settings:
     fps: float = 16.0
     steps: int = 50
     guidance: float = 1.0
-    schedule: str = "shifted"  # of the times, see `times`; the larger shift, the more near t = 0
-    shift: float = 8.0
+    schedule: str = "shifted"  # or "uniform", "linear-quadratic": see `times`
+    shift: float = 8.0  # a larger one puts more steps near t = 0
     renoise: float = 1.0  # share of the noise that is drawn anew at every step
     seed: int = 0
 
@@ -67,8 +67,8 @@ def encode(captions, vocabulary, seed=None):
     """Captions -> word numbers (b, n), int64, padded with 0.
 
     vocabulary: words by kind, as {"colour": ["red", ...], ...}; they are numbered from 1.
-    seed: completes captions, as Movie Gen does by a language model. For each kind that caption i
-        leaves open ("a red shape"), a word is drawn from seed + i; words of "other" are added.
+    seed: to complete captions (Movie Gen has a language model for that). For each kind that caption
+        i leaves open ("a red shape"), a word is drawn from seed + i; words of "other" are added.
     Raises ValueError for an empty caption, an unknown word, or two words of a kind (not "other").
     """
     number = {word: i for i, word in enumerate(sum(vocabulary.values(), []), 1)}
@@ -98,9 +98,9 @@ def encode(captions, vocabulary, seed=None):
 def times(steps, schedule="uniform", shift=1.0):
     """Where the steps begin and end: (steps + 1,) float32, from 0 (noise) to 1 (data).
 
-    The sampler's paths curve most near the noise, so two schedules begin with small steps. Half of
-    those of "linear-quadratic" are 1/1000 (Movie Gen, arXiv 2410.13720). "shifted" is
-    u / (u + shift (1 - u)) for uniform u (SD3, arXiv 2403.03206).
+    The sampler's paths curve most near the noise, so two schedules begin with small steps. In
+    "linear-quadratic" half of the steps are 1/1000 (Movie Gen, arXiv 2410.13720). "shifted" is
+    u / (u + shift (1 - u)) for uniform u (SD3, arXiv 2403.03206, where t = 1 is noise).
     """
     i = torch.arange(steps + 1, dtype=torch.float64)
     u = i / steps
@@ -167,12 +167,12 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
                 x1 = without + guidance * (x1 - without)
             if given is not None:
                 error = (x1 - known).square().where(given, 0).sum()
-                x1 = x1 - torch.autograd.grad(error, x)[0]
+                x1 = x1 - torch.autograd.grad(error, x)[0]  # down the slope of the error
                 x, x1 = x.detach(), torch.where(given, known, x1).detach()
         x0 = (x - t * x1) / (1 - t)  # the noise that goes with it
         if renoise and t_next < 1:
             x0 = math.sqrt(1 - renoise**2) * x0 + renoise * draw_noise()
-        x = (1 - t_next) * x0 + t_next * x1
+        x = (1 - t_next) * x0 + t_next * x1  # with the old x0: Euler's step
         callback(t, x1)
     if not x.isfinite().all():
         raise FloatingPointError("the clip is not finite; try another checkpoint or less guidance")
@@ -180,7 +180,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
 
 
 def sample_captions(model, captions, vocabulary, settings, **options):
-    """Clips (b, 3, frames, h, w) on the CPU, by a dict of Settings, made 16 at a time."""
+    """Clips (b, 3, frames, h, w) on the CPU, 16 at a time; settings: Settings(...) as a dict."""
     options = {**settings, **options}
     *shape, seed, _ = [options.pop(key) for key in ("frames", "height", "width", "seed", "fps")]
     parts = enumerate(encode(captions, vocabulary, seed).split(16))
@@ -196,7 +196,7 @@ def load_checkpoint(path):
         if checkpoint["format"] != FORMAT:
             raise ValueError
     except Exception:  # a damaged file fails in many ways
-        raise ValueError(f"{path} is damaged, or no checkpoint of this train_tiny.py") from None
+        raise ValueError(f"{path} is damaged or not a checkpoint of this train_tiny.py") from None
     return {**checkpoint, "sha256": hashlib.sha256(data).hexdigest()}
 
 
@@ -253,7 +253,7 @@ def read_frames(path, height, width):
         pixels = np.stack([frame.resize((width, height), Image.Resampling.BOX) for frame in frames])
         clip = rearrange(torch.from_numpy(pixels) / 127.5 - 1, "frames h w c -> c frames h w", c=3)
     except Exception:  # a damaged file fails in many ways
-        raise ValueError(f"{path} is no picture or clip, or damaged") from None
+        raise ValueError(f"{path} is not a picture or clip, or damaged") from None
     if frames[0].size != (width, height):
         print(f"note: {path} is resized from {frames[0].size} to {width, height}", file=sys.stderr)
     return clip
@@ -285,15 +285,15 @@ def given_part(args, settings):
         return dict(known=clip[None], strength=args.strength)
     if args.box:
         mask[(..., *args.box)] = 0
-    if args.mask:  # white is made anew
+    if args.mask:  # white is resampled
         mask *= read_frames(args.mask, *mask.shape[1:])[:, :1].mean(0) < 0
     if mask.all() or not mask.any():
-        raise ValueError("--mask or --box has to leave a part of the clip, and not all of it")
+        raise ValueError("--mask or --box must select a part of the clip, but not all of it")
     return dict(known=clip[None], mask=mask[None], frames=len(mask))
 
 
 def sample_windows(model, caption, vocabulary, settings, window, known, mask, frames):
-    """Clips (b, 3, frames, h, w), made `window` frames at a time: half given or made before."""
+    """Clips (b, 3, frames, h, w), `window` frames at a time; from the end where frame 0 is open."""
     clip, mask = known.clone(), mask.clone()
     while missing := [i for i in range(frames) if not mask[:, i].all()]:
         start = missing[0] - window // 2 if missing[0] else missing[-1] + 1 - (window + 1) // 2
@@ -307,7 +307,7 @@ def sample_windows(model, caption, vocabulary, settings, window, known, mask, fr
 
 
 def replace_file(path, data):
-    """Put data at path in one move: a kill leaves the old file or the new one, whole."""
+    """Write data atomically: a kill leaves the old file or the new one, whole."""
     part = Path(path).with_name(f".{Path(path).name}.part")
     try:
         with open(part, "wb") as file:
@@ -367,16 +367,16 @@ def main():
     uses = parser.add_mutually_exclusive_group()
     uses.add_argument("--image", metavar="FILE", help="the first frame is given")
     uses.add_argument("--extend", metavar="CLIP", help="the clip goes on, to --frames in all")
-    uses.add_argument("--inpaint", metavar="CLIP", help="a part of it is made anew")
+    uses.add_argument("--inpaint", metavar="CLIP", help="a part of it is resampled")
     uses.add_argument("--edit", metavar="CLIP", help="sampling begins with it, noised")
     end = parser.add_mutually_exclusive_group()
     end.add_argument("--before", action="store_true", help="with --extend: new frames come first")
-    end.add_argument("--loop", action="store_true", help="or its end joins its beginning (toy: 24)")
-    add("--mask", metavar="FILE", help="with --inpaint: white is made anew (in its first frame)")
+    end.add_argument("--loop", action="store_true", help="or its end meets its beginning (toy: 24)")
+    add("--mask", metavar="FILE", help="with --inpaint: white in its first frame is resampled")
     add("--box", type=box, metavar="X0,Y0,X1,Y1", help="or inside a box of pixels of the model")
     add("--strength", type=float, default=0.8, help="with --edit: 0 keeps the clip, 1 ignores it")
     add("--device", help="an accelerator if there is one, else cpu")
-    add("--backend", choices=mamba2_ref.BACKENDS, help="of the Mamba2 scan")
+    add("--backend", choices=mamba2_ref.BACKENDS, help="what computes the Mamba2 scan")
     add("--read", metavar="CLIP", help="print the settings inside a clip, and stop")
     args = parser.parse_args()
     if args.read:

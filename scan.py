@@ -76,7 +76,7 @@ def zigzag_index(t, h, w, device=None):
     row = place // w  # counted over all frames
     frame, y, x = row // h, row % h, place % w
     y = torch.where(frame % 2 == 0, y, h - 1 - y)
-    # x changes its direction at every row of the whole clip: the parity of row counts, not of y.
+    # x reverses at every row of the whole clip: the parity of `row` decides, not that of y.
     x = torch.where(row % 2 == 0, x, w - 1 - x)
     return (frame * h + y) * w + x
 

@@ -9,7 +9,7 @@ window, however long the clip is: the cost is linear in the number of tokens.
     even layer, window 4:   0 1 2 3 | 4 5 6 7
     odd layer, shift 2:     0 1 | 2 3 4 5 | 6 7
 
-The odd layer has cut windows at both ends. Rolling the grid by the shift puts them into one window:
+The odd layer has half windows at both ends. Rolling the grid back by the shift joins them:
 
     rolled by 2:            2 3 4 5 | 6 7 0 1
 
@@ -42,7 +42,7 @@ def windows(shape, window, shift, device=None):
     for axis, (size, win, by) in enumerate(zip(shape, window, shift)):
         place = torch.arange(size, device=device) + (win - by) % win
         along = (place // win).view([-1 if i == axis else 1 for i in range(3)])
-        number = number * (size // win + 2) + along  # along is below size // win + 2
+        number = number * (size // win + 2) + along  # a digit below size // win + 2 for each axis
     return number
 
 
@@ -88,7 +88,7 @@ def rotary(shape, e, dtype, device=None, longest=16):
     """
     dtype = torch.promote_types(dtype, torch.float32)  # bfloat16 would round positions
     pair = torch.arange(e // 2, device=device)
-    exponent = ((pair // 3).to(dtype) + 0.5) / -(-e // 6)  # over ceil(e / 6): in (0, 1)
+    exponent = ((pair // 3).to(dtype) + 0.5) / ((e + 5) // 6)  # over ceil(e / 6): in (0, 1)
     frequency = torch.pi * (longest / 2) ** -exponent
     place = torch.cartesian_prod(*(torch.arange(size, device=device) for size in shape))  # (m, 3)
     angles = place[:, pair % 3] * frequency  # (m, e // 2)

@@ -1,4 +1,4 @@
-"""Train the tiny LinGen from nothing on moving shapes, by the paper's recipe.
+"""Train the tiny LinGen from scratch on moving shapes, by the paper's recipe.
 
     python train_tiny.py                                          writes runs/tiny.pt and pictures
     python train_tiny.py --set tesa=False --out runs/no-tesa.pt   the same with a part taken out
@@ -34,7 +34,7 @@ from sample import sample_captions
 from toy import judge, preview, shapes
 
 Stage = collections.namedtuple("Stage", "frames batch share")  # frames of a clip, share of steps
-# Each stage goes on with the weights of the one before. Batches shrink: steps cost about the same.
+# Each stage goes on with the weights of the one before. Tokens of a step: 1152, 1728, 2304.
 STAGES = (Stage(1, 32, 0.1), Stage(4, 24, 0.1), Stage(16, 8, 0.8))
 STEPS = 6000
 RATE = 3e-3  # learning rate
@@ -105,10 +105,10 @@ class Run:
     def __init__(self, config, settings, device):
         torch.manual_seed(settings["seed"])
         self.settings, self.device, self.step, self.losses = settings, device, 0, []
-        self.asked_to_stop = self.stop = 0.0  # not 0: this process was asked; any process was
+        self.asked_to_stop = self.stop = 0.0  # 1: this process was asked to; > 0: any was
         self.model = lingen.LinGen(config).to(device)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
-        matrices, others = [], []  # Muon is for the matrices that act on tokens
+        matrices, others = [], []  # Muon, for the matrices that act on tokens
         for name, p in self.model.named_parameters():
             on_tokens = name.startswith(("blocks", "patch")) and "modulation" not in name
             (matrices if on_tokens and p.dim() == 2 else others).append(p)
@@ -214,7 +214,7 @@ class Run:
 
 
 def write_checkpoint(path, state):
-    """Save a dict of tensors and numbers in one move."""
+    """Save a dict of tensors and numbers atomically."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     sampler.replace_file(path, buffer.getvalue())
@@ -275,7 +275,7 @@ def train(args):
 
 
 def evaluate(path, n, seed, device):
-    """Sample n seen and n held-out captions (only 19 differ), and print what the judge says."""
+    """Sample n seen and n held-out captions (of 19), and print what the judge says."""
     model, saved = sampler.load_model(path, device)
     for name in ("seen", "held out"):
         generator = torch.Generator().manual_seed(seed)
@@ -306,11 +306,11 @@ def main():
     parser = argparse.ArgumentParser(description="Train a tiny LinGen.", formatter_class=formatter)
     add = parser.add_argument
     add("--out", default="runs/tiny.pt", help="the checkpoint; pictures are written beside it")
-    add("--steps", type=int, default=STEPS, help="of training; the default takes an hour")
-    add("--seed", type=int, default=0, help="of weights and data")
+    add("--steps", type=int, default=STEPS, help="training steps; the default takes an hour")
+    add("--seed", type=int, default=0, help="random seed of weights and data")
     add("--rate", type=float, default=RATE, help="learning rate")
     add("--set", type=setting, action="append", default=[], metavar="NAME=VALUE",
-        help="a field of LinGenConfig, as tesa=False or scan=zigzag; may be repeated")  # fmt: skip
+        help="field of LinGenConfig, e.g. tesa=False or scan=zigzag; may be repeated")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--save-every", type=float, default=60, metavar="SECONDS", help="between checkpoints")
     add("--publish", metavar="FILE", help="at the end, also write the weights alone, in float16")

@@ -374,7 +374,7 @@ def uses(args):
         ("--edit --strength 0.8", square, 16, None, dict(strength=0.8)),
     ]
     page = Page(220 + 40 * 14, 46 * len(rows) + 30)
-    page.text(10, 14, "outlined frames are given; the outlined box is made anew", "lm")
+    page.text(10, 14, "outlined frames are given; the outlined box is resampled", "lm")
     for row, (name, caption, n, given, options) in enumerate(rows):
         known = shapes.render(shapes.parse_caption(circle)[None], torch.tensor([[4.0, 12.0]]), n)
         mask = None if given is None else given[None, :n].float()

@@ -22,6 +22,7 @@ because its summands cancel (dA, most of all) gets the tolerance of its summands
 import builtins
 import contextlib
 import dataclasses
+import difflib
 import functools
 import gc
 import importlib
@@ -39,6 +40,7 @@ import types
 import warnings
 import zlib
 from collections import OrderedDict
+from fnmatch import fnmatch
 
 import torch
 import torch.nn.functional as F
@@ -460,7 +462,10 @@ def parse(spec, signature="scan"):
     cases = SIGNATURES[signature].cases if isinstance(signature, str) else signature.cases
     feature, _, changes = spec.partition(":")
     if feature not in cases:
-        raise ValueError(f"--case: no feature {feature!r}; there are {', '.join(cases)}")
+        near = difflib.get_close_matches(feature, cases)
+        near = [name for name in cases if feature in name] or near
+        near = f"did you mean {', '.join(near)}? " if near else ""
+        raise ValueError(f"--case: no feature {feature!r}; {near}There are {', '.join(cases)}")
     case = BASE | cases[feature]
     for change in filter(None, changes.split(",")):
         key, equals, value = change.partition("=")
@@ -2015,7 +2020,9 @@ def truth_of(outcome, settings):
 
 def amiss(outcome):
     """What is wrong, in a line."""
-    over = sorted((outcome.over or {}).items(), key=lambda pair: -pair[1])
+    forward = ("y", "final_states")                          # gradients follow from these
+    over = (outcome.over or {}).items()
+    over = sorted(over, key=lambda pair: (pair[0] not in forward, -pair[1]))
     numbers = ", ".join(f"{k} {v:.3g}x its tolerance" for k, v in over if v > 1)
     return "; ".join(filter(None, [outcome.why, numbers, outcome.note]))
 
@@ -2251,6 +2258,12 @@ def only_inside(seq, q):
     return F.pad((seq.diff(dim=1) != 0) & (torch.arange(1, seq.shape[1]) % q > 0), (1, 0)).cumsum(1)
 
 
+def at_borders(a, q, times):
+    """a, counted so many times where the state enters a chunk after the first."""
+    place = torch.arange(a.shape[1])
+    return torch.where(((place > 0) & (place % q == 0))[:, None], times * a, a)
+
+
 def shifted(a, by):
     """a of the token before (1) or after (-1), and 0 at the end."""
     return F.pad(a[:, :-1], (0, 0, 1, 0)) if by == 1 else F.pad(a[:, 1:], (0, 0, 0, 1))
@@ -2343,6 +2356,12 @@ MISTAKES = {
     "the decay is off by one token: a token's own part is decayed by its own step": decay(
         lambda x, dt, a: (dt[..., None] * x * a.exp()[..., None], a)
     ),
+    "a state that enters a chunk is decayed once too often": lambda x, dt, A, B, C, q, **kw: decay(
+        lambda x, dt, a: (dt[..., None] * x, at_borders(a, q, 2))
+    )(x, dt, A, B, C, q, **kw),
+    "a state that enters a chunk is decayed once too little": lambda x, dt, A, B, C, q, **kw: decay(
+        lambda x, dt, a: (dt[..., None] * x, at_borders(a, q, 0))
+    )(x, dt, A, B, C, q, **kw),
     "a token reads the state before it writes into it: y lags by one token": late_reading,
     "there is no decay": decay(lambda x, dt, a: (dt[..., None] * x, a * 0)),
     "the decay takes A without dt": decay(lambda x, dt, a: (dt[..., None] * x, a / dt)),
@@ -2835,12 +2854,18 @@ def report(kernel, outcome, settings, name, hints, seconds=5):
             f" --always {','.join(settings.always)}" if settings.always else "",
         ]
     )
-    lines += [
-        f"again: python -m pytest tests/test_kernel.py --kernel {name}"
-        f" --dtype {NAME_OF[dtype]}{flags}"
-        f" --case '{small}'"
-    ]
-    return "\n".join(lines)
+    try:
+        by_name = load(name) is kernel
+    except ValueError:
+        by_name = False
+    if by_name:
+        again = f"python -m pytest tests/test_kernel.py --kernel {name}"
+        again += f" --dtype {NAME_OF[dtype]}{flags} --case '{small}'"
+    else:
+        again = f"judge(kernel, dtypes={NAME_OF[dtype]!r}, cases=[{small!r}]"
+        again += f", seed={settings.seed}" if settings.seed else ""
+        again += ", ...)  # and your other options"
+    return "\n".join([*lines, f"again: {again}"])
 
 
 # --- The whole verdict ----------------------------------------------------------------------------
@@ -2985,7 +3010,8 @@ def find_causes(kernel, verdict, name, reports=3, seconds=25):
     order = sorted(groups.values(), key=len, reverse=True)
     for outcomes in order:
         first = min(outcomes, key=lambda o: size(parse(o.spec, settings.signature)[1]))
-        hints = explain(kernel, first, settings, end) if time.monotonic() < end else []
+        seeded = settings.but(seed=first.seed)
+        hints = explain(kernel, first, seeded, end) if time.monotonic() < end else []
         cause = (
             hints[0]
             if hints
@@ -3000,7 +3026,8 @@ def find_causes(kernel, verdict, name, reports=3, seconds=25):
     verdict.causes = dict(sorted(verdict.causes.items(), key=lambda item: -len(item[1][1])))
     for hints, outcomes in list(verdict.causes.values())[:reports]:
         left = max(1.0, min(5.0, end + 5 - time.monotonic()))
-        verdict.reports.append(report(kernel, outcomes[0], settings, name, hints, left))
+        seeded = settings.but(seed=outcomes[0].seed)
+        verdict.reports.append(report(kernel, outcomes[0], seeded, name, hints, left))
 
 
 def digits_kept(outcome):
@@ -3028,8 +3055,9 @@ def load(path):
     module, _, name = path.partition(":")
     try:
         return functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--kernel {path}: {error}. It reads package.module:function") from error
+    except Exception as error:  # whatever the kernel's own file raises
+        raise ValueError(f"--kernel {path} cannot be imported: {type(error).__name__}: {error}. "
+                         "Expected package.module:function, importable from here") from error
 
 
 SHAPE_KEYS = {
@@ -3095,7 +3123,10 @@ def chosen(settings, cases, thorough, compiles, sizes, always):
     """The specs to judge, small ones first."""
     signature = settings.signature
     if cases:
-        given = [cases] if isinstance(cases, str) else list(cases)
+        given = []
+        for spec in [cases] if isinstance(cases, str) else cases:
+            names = [n for n, kind in signature.kind_of.items() if kind == spec or fnmatch(n, spec)]
+            given += names or [spec]
     else:
         given = [
             name for name in signature.cases if thorough or signature.kind_of[name] != "thorough"

@@ -60,6 +60,8 @@ def test_lessons_keep_to_their_lines():
 
 def test_readme_keeps_to_its_lines():
     assert count("README.md") <= README, f"README.md has {count('README.md')} lines"
+    told = re.findall(r"\| `(\w+)\.py` \| (\d+) \|", read("README.md"))
+    assert told == [(name, str(count(f"{name}.py"))) for name in LESSONS]
 
 
 def test_tests_keep_to_their_lines():

@@ -499,7 +499,7 @@ def test_our_bidirectional_scan_is_accepted():
     assert verdict.ok and not verdict.of("not supported"), verdict
 
 
-def in_numpy(x, dt, A, B, C, chunk_size, D=None):
+def in_numpy(x, dt, A, B, C, chunk_size, D=None, return_final_states=False):
     """A kernel of another framework: arrays in, arrays out."""
     import numpy as np
     r, state, ys = x.shape[2] // B.shape[2], 0, []
@@ -511,22 +511,20 @@ def in_numpy(x, dt, A, B, C, chunk_size, D=None):
             + (dt[:, i, :, None] * x[:, i])[..., None] * b
         )
         ys.append((state * c).sum(-1))
-    y = np.stack(ys, 1)
-    return y if D is None else y + x * D.reshape(len(A), -1)
+    y = np.stack(ys, 1) + (0 if D is None else x * D.reshape(len(A), -1))
+    return (y, state.astype(np.float32)) if return_final_states else y
 
 
-def test_arrays_come_in_through_an_adapter():
-    def adapter(*args, **kw):
-        array = lambda v: v.detach().numpy() if torch.is_tensor(v) else v
-        return torch.from_numpy(in_numpy(*map(array, args), **{k: array(v) for k, v in kw.items()}))
-
-    verdict = judge(
-        adapter,
-        dtypes="float64,float32",
-        forward_only=True,
-        cases=["plain", "D", "z", "dt-negative"],
-    )
-    assert len(verdict.of("right")) == 4 and len(verdict.of("not supported")) == 4, verdict
+def test_arrays_come_in_through_the_adapter_of_the_manual():
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    text = next(part for part in page.split("```") if "def adapter" in part)
+    call = text.splitlines()[-1]
+    given = dict(scan_in_numpy=in_numpy, torch=torch)
+    exec(text.removeprefix("python").replace(call, ""), given)
+    cases = ["plain", "D", "z", "dt-negative", "final_states"]
+    given |= dict(judge=functools.partial(judge, cases=cases))
+    verdict = eval(call, given)
+    assert len(verdict.of("right")) == 8 and len(verdict.of("not supported")) == 2, verdict
 
 
 # For the command line, which wants a name to import.
@@ -567,5 +565,7 @@ def test_exit_codes_and_texts_of_the_command():
     assert right.returncode == 0 and "1 right, 0 wrong" in right.stdout, right.stdout + right.stderr
     nothing = command("--kernel", ours + "nothing", "--dtype", "float32", "--case", "plain")
     assert nothing.returncode == 1 and "NOTHING JUDGED" in nothing.stdout
+    refused = command("--kernel", ours + "missing", "--case", "plain")
+    assert refused.returncode == 4 and "cannot be imported" in refused.stdout + refused.stderr
     refused = command("--case", "plain:length=3")
     assert refused.returncode == 4 and "no key 'length'" in refused.stdout + refused.stderr

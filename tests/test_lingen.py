@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lingen
 from lingen import MATE, LinGen, LinGenConfig, preset, review_tokens
-from mamba2_ref import ssd_chunked
+from mamba2_ref import ssd_chunked, ssd_chunked_plain
 from scan import SCANS, places
 from tesa import windows
 
@@ -151,15 +151,15 @@ def test_every_variant_runs_at_several_sizes_and_learns_in_all_parameters(change
 
 
 def test_a_function_with_the_signature_of_the_official_scan_is_a_backend():
-    calls = []
-
-    def kernel(x, dt, A, B, C, chunk_size, **options):
-        assert options.keys() <= {"D", "z", "dt_bias", "dt_softplus", "dt_limit"}
-        calls.append(x.shape)
-        return ssd_chunked(x, dt, A, B, C, chunk_size, **options)
-
-    close(new_model(backend=kernel)(*inputs()), new_model(backend="torch")(*inputs()))
-    assert len(calls) >= 4  # once or twice a layer
+    calls, arguments = [], inputs()
+    kernel = lambda *given, **options: calls.append({*options}) or ssd_chunked(*given, **options)
+    close(new_model(backend=kernel)(*arguments), new_model(backend="torch")(*arguments))
+    assert calls == 4 * [{"dt_bias", "dt_softplus", "dt_limit"}]  # once a layer
+    model = new_model(backend=ssd_chunked_plain)  # torch.func refuses the fast scan's own gradient
+    weights = dict(model.named_parameters())
+    loss = lambda weights: torch.func.functional_call(model, weights, arguments).square().mean()
+    loss(weights).backward()
+    close(torch.func.grad(loss)(weights), {name: p.grad for name, p in weights.items()})
 
 
 def test_patches_stay_in_their_place_and_one_frame_is_a_clip_without_motion():

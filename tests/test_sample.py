@@ -300,7 +300,7 @@ def test_other_files_are_refused_and_code_in_them_never_runs(tmp_path):
         files.append(path.read_bytes())
     for data in files:
         path.write_bytes(data)
-        with pytest.raises(ValueError, match="file.pt is damaged, or no checkpoint"):
+        with pytest.raises(ValueError, match="file.pt is damaged or not a checkpoint"):
             sampler.load_model(path)
     assert not trap.exists()
 
@@ -424,7 +424,7 @@ def assert_one_line(said, name, says):
     ("circle --device tpu", 2, "the device 'tpu' is not available here"),
     ("circle --checkpoint missing.pt", 1, "missing.pt"), ("--read missing.gif", 1, "missing.gif"),
     ("circle --backend mamba_ssm", 2, "mamba_ssm"), ("purple --out new/a.gif", 2, "does not know"),
-    ("circle --edit tiny.pt", 2, "tiny.pt is no picture or clip"),
+    ("circle --edit tiny.pt", 2, "tiny.pt is not a picture or clip"),
     ("circle --box 1,2,3,4", 2, "--box goes with --inpaint"),
     ("circle --box 1,2,3", 2, "invalid box value: '1,2,3'"),
 ])  # fmt: skip

@@ -373,7 +373,7 @@ def test_what_torchrun_cannot_share_is_refused(command, monkeypatch, world, devi
         ("--steps 0", 2, "--steps and --captions are at least 1"),
         ("--device tpu", 2, "the device 'tpu' is not available here"),
         ("--out run.gif", 2, "--out"),  # the preview would overwrite it
-        (f"--evaluate {__file__}", 2, "is damaged, or no checkpoint"),
+        (f"--evaluate {__file__}", 2, "is damaged or not a checkpoint"),
         ("--set tesa=maybe", 2, "expected NAME=VALUE"),
         ("--set scan=spiral", 2, "unknown order 'spiral'; expected spatial-row"),
         ("--set ma=False --set tesa=False", 2, "keep ma or tesa"),

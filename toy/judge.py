@@ -1,7 +1,7 @@
 """The judge of the toy world: reads a clip back from its pixels, without a network.
 
 Each frame is compared with every shape at every place; the fit of least squared error counts. A
-clip is right if every frame fits closely, as told, shows nothing else, and moves on by its step.
+clip is right if every frame fits its caption closely, shows nothing else, and moves by its step.
 """
 
 import torch
@@ -95,7 +95,7 @@ def judge(clips, specs):
     one_object        bool: in every frame one whole shape and nothing else
     overlap           least over the frames: soft intersection over union with the ideal shape
     jump              pixels: the most that a step differs from the step of the direction
-    lenient, strict   bool: the first four; these, overlap >= 0.85 and jump <= 0.5
+    lenient, strict   bool: all of the first four; also overlap >= 0.85 and jump <= 0.5
     right             (b, frames): this frame and the step that leads to it are right
     start             (b, 2): the centre in frame 0
 

@@ -1,4 +1,4 @@
-"""The toy world: one flat shape that moves over a black torus, and a caption that says so.
+"""The toy world: one flat shape that moves over a black torus, and its caption.
 
     "a red circle moving up-left"       6 colours x 4 shapes x 8 directions
 
