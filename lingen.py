@@ -63,7 +63,7 @@ class LinGenConfig:
 
     def __post_init__(self):
         if self.mixer not in ("mate", "attention") or self.predicts not in ("clean", "velocity"):
-            raise ValueError(f"unknown: mixer {self.mixer!r} or predicts {self.predicts!r}")
+            raise ValueError("expected mixer mate or attention, and predicts clean or velocity")
         sizes = (*self.patch, *self.pool, *self.window, self.channels, self.d_model, self.nheads)
         if min(sizes) < 1 or min(*self.grid, self.depth) < 0 or self.d_model % (2 * self.nheads):
             raise ValueError(f"sizes must be at least 1, and 2 * nheads divide d_model: {self}")
@@ -203,7 +203,7 @@ class LinGen(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
         self.null_embedding = nn.Parameter(0.02 * torch.randn(d))  # a first word of every caption
         if config.vocab_size:
-            self.words = nn.Embedding(config.vocab_size + 1, d, padding_idx=0)  # no positions
+            self.words = nn.Embedding(config.vocab_size + 1, d, padding_idx=0)  # no word order
         else:
             self.words = nn.Linear(config.text_dim, d)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
@@ -226,8 +226,8 @@ class LinGen(nn.Module):
         if still:  # a picture is repeated to fill its patch, and the output is averaged
             clip = clip.expand(-1, -1, pt, -1, -1)
         if any(size % p for size, p in zip(clip.shape[2:], config.patch)):
-            raise ValueError(f"the clip has frames, height, width {tuple(clip.shape[2:])}; "
-                             f"expected multiples of the patch {config.patch}")  # fmt: skip
+            raise ValueError(f"frames, height, width of the clip are {tuple(clip.shape[2:])}; "
+                             f"expected multiples of the patch {config.patch}, or 1 frame")
         pattern = "b c (t pt) (h ph) (w pw) -> b t h w (pt ph pw c)"
         x = self.patch_in(rearrange(clip, pattern, pt=pt, ph=ph, pw=pw))  # (b, t, h, w, d)
         for i, axis in enumerate("thw", 1):
@@ -240,7 +240,7 @@ class LinGen(nn.Module):
         text = torch.cat([null, self.words(text)], 1)  # (b, 1 + n, d): softmax always has a key
         mask = F.pad(mask.bool(), (1, 0), value=True)  # (b, 1 + n)
         # Choice: the mean of null_embedding and words is added to the time embedding, so that the
-        # caption reaches every norm. Movie Gen has cross-attention alone.
+        # caption reaches every modulated norm. Movie Gen has cross-attention alone.
         mean = (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (b, d)
         condition = self.time(time_embedding(t).to(x.dtype)) + mean
         condition = condition[:, None, None, None]  # (b, 1, 1, 1, d)

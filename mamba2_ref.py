@@ -88,7 +88,7 @@ def skip_and_gate(y, x, D, z):
     return y.to(x.dtype)
 
 
-# --- Form 1: the recurrence, the judge ------------------------------------------------------------
+# --- Form 1: the recurrence, the reference --------------------------------------------------------
 
 @with_options
 def ssd_recurrent(x, dt, a, B, C, state, starts, Q):
@@ -156,7 +156,7 @@ def ssd_chunked_plain(x, dt, a, B, C, state, starts, Q):
 
 # --- The same arranged for speed ------------------------------------------------------------------
 # On a first reading, skip to `ssd_bidirectional`: what follows computes nothing new.
-# N = b g; K chunks in a segment, k their slice; H states at chunk borders; G the masked C B^T.
+# N = b g; K chunks done at once (a segment), k their slice; H states at borders; G masked C B^T.
 SEGMENT = {"cpu": 2**18, "other": 2**28}        # numbers in the largest tensor of a segment
 
 
@@ -164,7 +164,7 @@ SEGMENT = {"cpu": 2**18, "other": 2**28}        # numbers in the largest tensor 
 def ssd_chunked(x, dt, a, B, C, state, starts, Q):
     """The chunked scan, O(length) in time and memory: for the layers. No second derivatives."""
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    # The heads of a group share B and C: one product makes its r p columns.
+    # The heads of a group share B and C, so one product serves the r p columns of all.
     state = state.unflatten(1, (g, -1)).permute(0, 1, 4, 2, 3).reshape(b * g, n, -1)    # (N, n, rp)
     if starts is not None:
         starts = in_chunks(starts[..., None].expand(b, l, g), Q, g)         # (N, c, Q, 1)
@@ -183,7 +183,7 @@ def in_chunks(t, Q, g):
 
 
 def carry(decay, states):
-    """Step 4, in place. decay (N, K, 1, r p); states (N, K + 1, n, r p): first, and what is added.
+    """Step 4, in place. decay (N, K, 1, r p); states (N, K + 1, n, r p): state 0, then increments.
 
     For j = 0 ... K - 1: states[j + 1] += decay[j] states[j]. Join chunks in pairs, recurse over the
     pairs, then fill in the states inside pairs: some 2 K products in log2(K) rounds of calls."""
@@ -277,7 +277,7 @@ class FastScan(torch.autograd.Function):
                 d_v_to_end = B_k @ dH_out                                  # (N, K, Q, r p)
                 dv = dx[:, k].copy_((L.mul_(G).mT @ dy_k).transpose(2, 3))  # (N, K, Q, r, p)
                 dv.addcmul_(chunks.to_end[:, k], d_v_to_end.unflatten(3, heads))
-                ddt[:, k] = (x[:, k] * dv).sum(-1)      # through v; autograd adds that through a
+                ddt[:, k] = (x[:, k] * dv).sum(-1)      # via v only; autograd adds the part via a
                 dv.mul_(dt[:, k, ..., None])                                # now dx
                 # E = dM o M is the gradient of L's exponents. a_m occurs in those with j < m <= i:
                 # sum rows minus columns of E from m to the end. a_m also occurs in from_start of

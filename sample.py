@@ -4,7 +4,7 @@
 
 Flow matching (Lipman et al. 2022, arXiv 2210.02747) joins noise and data by straight paths,
 x_t = (1 - t) noise + t data, whose velocity is data - noise. The model predicts the mean clean clip
-x1 at (x_t, t, caption), or the mean velocity (x1 - x_t) / (1 - t). Sampling steps from t = 0 to 1.
+x1 at (x_t, t, caption), or the mean velocity (x1 - x_t) / (1 - t). Sampling goes from t = 0 to 1.
 Where pixels are given (a first frame, a clip to go on with) they replace the prediction.
 
 b clips; n words; c channels; t the time of the flow. Clips are (b, c, frames, height, width).
@@ -23,6 +23,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import Annotated
 
 try:
     import numpy as np
@@ -44,16 +45,16 @@ ENDINGS = (".gif", ".webp", ".png", ".npy")
 class Settings:
     """How clips are sampled. A checkpoint holds its own; the command line overrides them."""
 
-    frames: int = 16
-    height: int = 24
-    width: int = 24
-    fps: float = 16.0
-    steps: int = 50
-    guidance: float = 1.0
-    schedule: str = "shifted"  # or "uniform", "linear-quadratic": see `times`
-    shift: float = 8.0  # a larger one puts more steps near t = 0
-    renoise: float = 1.0  # share of the noise that is drawn anew at every step
-    seed: int = 0
+    frames: Annotated[int, "1, or a multiple of the patch's frames"] = 16
+    height: Annotated[int, "pixels, a multiple of the patch's"] = 24
+    width: Annotated[int, "the same"] = 24
+    fps: Annotated[float, "frames a second, in the file"] = 16.0
+    steps: Annotated[int, "steps from noise to clip: more are slower"] = 50
+    guidance: Annotated[float, "classifier-free guidance; 1 is none"] = 1.0
+    schedule: Annotated[str, "of the steps: uniform, linear-quadratic or shifted"] = "shifted"
+    shift: Annotated[float, "of shifted steps: more of them near the noise"] = 8.0
+    renoise: Annotated[float, "share of fresh noise at every step; 0 is Euler's method"] = 1.0
+    seed: Annotated[int, "of the first clip; the next ones count on"] = 0
 
     def __post_init__(self):
         limits = dict(steps=(1, 1000), fps=(1, 100), guidance=(0, 100), renoise=(0, 1))
@@ -80,7 +81,8 @@ def encode(captions, vocabulary, seed=None):
         for word in words:
             if word not in number:
                 near = difflib.get_close_matches(word, number, n=1, cutoff=0.75)
-                hint = f"did you mean {near[0]!r}?" if near else f"it knows {vocabulary}"
+                known = "; ".join(f"{kind}: {', '.join(vocabulary[kind])}" for kind in vocabulary)
+                hint = f"did you mean {near[0]!r}?" if near else f"it knows {known}"
                 raise ValueError(f"the model does not know the word {word!r}; {hint}")
         for kind, known in vocabulary.items():
             named = [word for word in words if word in known]
@@ -139,7 +141,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
         if value is not None and value.shape[1:] != size:
             raise ValueError(f"{name} is {tuple(value.shape)}; expected (b, *{size})")
     if not 0 <= strength <= 1 or known is None and (mask is not None or strength < 1):
-        raise ValueError(f"strength is {strength}, not 0 to 1; or a mask or strength has no known")
+        raise ValueError(f"strength is {strength}; expected 0 to 1, and known if below 1 or masked")
     known = None if known is None else known.to(weight.device, torch.float32)
     given = None if mask is None else mask[:, None].to(weight.device) > 0
     no_words = torch.zeros(text.shape[:2], dtype=torch.bool, device=weight.device)
@@ -200,13 +202,12 @@ def load_checkpoint(path):
     return {**checkpoint, "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def load_model(path, device="cpu", backend=None):
+def load_model(path, device="cpu", backend="auto"):
     """A checkpoint -> (float32 model in eval mode, checkpoint). ValueError if they do not fit."""
     checkpoint = load_checkpoint(path)
     try:
         Settings(**checkpoint["sampling"])
-        chosen = {"backend": backend} if backend else {}
-        config = lingen.LinGenConfig(**{**checkpoint["config"], **chosen})
+        config = lingen.LinGenConfig(**{**checkpoint["config"], "backend": backend})
         with torch.device("meta"):  # takes no memory before the weights are known to fit
             model = lingen.LinGen(config)
         model.load_state_dict(checkpoint["weights"], assign=True)
@@ -232,8 +233,7 @@ def write_clip(path, frames, fps=16.0, settings=None):
         return replace_file(path, out.getvalue())
     scale = max(1, round(256 / max(frames.shape[1:3])))
     first, *rest = [Image.fromarray(frame) for frame in frames.repeat(scale, 1).repeat(scale, 2)]
-    # Ends of frames are rounded to ticks. Rounding the lengths would add up errors.
-    tick = 10 if ending == ".gif" else 1  # milliseconds
+    tick = 10 if ending == ".gif" else 1  # ms; rounded lengths would add up errors, ends do not
     ends = [round(i * 1000 / fps / tick) * tick for i in range(len(frames) + 1)]
     exif = Image.Exif()
     exif[0x010E] = note  # the tag ImageDescription; a .gif has a comment
@@ -293,7 +293,7 @@ def given_part(args, settings):
 
 
 def sample_windows(model, caption, vocabulary, settings, window, known, mask, frames):
-    """Clips (b, 3, frames, h, w), `window` frames at a time; from the end where frame 0 is open."""
+    """Clips (b, 3, frames, h, w), `window` frames at a time; backwards if frame 0 is not given."""
     clip, mask = known.clone(), mask.clone()
     while missing := [i for i in range(frames) if not mask[:, i].all()]:
         start = missing[0] - window // 2 if missing[0] else missing[-1] + 1 - (window + 1) // 2
@@ -363,7 +363,8 @@ def main():
     add("--out", type=Path, default="clip.gif", help=f"{' '.join(ENDINGS)} (replaced), or a folder")
     add("--checkpoint", default=Path(__file__).parent / "assets" / "tiny.pt")
     for field in dataclasses.fields(Settings):
-        add(f"--{field.name}", type=field.type, default=argparse.SUPPRESS, help=repr(field.default))
+        kind, about = field.type.__origin__, f"{field.type.__metadata__[0]} ({field.default})"
+        add(f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=about)
     uses = parser.add_mutually_exclusive_group()
     uses.add_argument("--image", metavar="FILE", help="the first frame is given")
     uses.add_argument("--extend", metavar="CLIP", help="the clip goes on, to --frames in all")
@@ -371,18 +372,18 @@ def main():
     uses.add_argument("--edit", metavar="CLIP", help="sampling begins with it, noised")
     end = parser.add_mutually_exclusive_group()
     end.add_argument("--before", action="store_true", help="with --extend: new frames come first")
-    end.add_argument("--loop", action="store_true", help="or its end meets its beginning (toy: 24)")
+    end.add_argument("--loop", action="store_true", help="with --extend: a cycle (toy: 24 frames)")
     add("--mask", metavar="FILE", help="with --inpaint: white in its first frame is resampled")
-    add("--box", type=box, metavar="X0,Y0,X1,Y1", help="or inside a box of pixels of the model")
+    add("--box", type=box, metavar="X0,Y0,X1,Y1", help="with --inpaint: resample inside this box")
     add("--strength", type=float, default=0.8, help="with --edit: 0 keeps the clip, 1 ignores it")
     add("--device", help="an accelerator if there is one, else cpu")
-    add("--backend", choices=mamba2_ref.BACKENDS, help="what computes the Mamba2 scan")
+    add("--backend", choices=mamba2_ref.BACKENDS, default="auto", help="of the Mamba2 scan")
     add("--read", metavar="CLIP", help="print the settings inside a clip, and stop")
     args = parser.parse_args()
     if args.read:
         return print(json.dumps(read_settings(args.read), indent=1))
-    if not args.captions:
-        parser.error('a caption is missing; try: python sample.py "a red circle moving right"')
+    if len(args.captions) != 1 and not any(" " in caption for caption in args.captions):
+        parser.error('expected captions in quotes: python sample.py "a red circle moving right"')
     needs = dict(before="extend", loop="extend", mask="inpaint", box="inpaint", strength="edit")
     for option, use in needs.items():
         if getattr(args, option) != parser.get_default(option) and not getattr(args, use):
@@ -390,7 +391,7 @@ def main():
     if args.out.suffix.lower() not in ("", *ENDINGS):
         parser.error(f"--out {args.out}: expected a folder, or an ending of {', '.join(ENDINGS)}")
     model, checkpoint = load_model(args.checkpoint, choose_device(args.device), args.backend)
-    settings = dataclasses.asdict(Settings(**checkpoint["sampling"]))
+    vocabulary, settings = checkpoint["vocabulary"], {**checkpoint["sampling"]}
     settings |= {name: value for name, value in vars(args).items() if name in settings}
     Settings(**settings)  # its limits
     given = given_part(args, settings)
@@ -398,7 +399,6 @@ def main():
     for name, known in checkpoint["trained"].items():
         if settings[name] not in known and not (window and name == "frames"):
             print(f"warning: {name} is {settings[name]}; trained on {known}", file=sys.stderr)
-    vocabulary = checkpoint["vocabulary"]
     encode(args.captions, vocabulary), times(1, settings["schedule"])  # errors before the work
     for i, caption in enumerate(args.captions):
         path = args.out

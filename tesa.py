@@ -13,7 +13,7 @@ The odd layer has half windows at both ends. Rolling the grid back by the shift 
 
     rolled by 2:            2 3 4 5 | 6 7 0 1
 
-A mask keeps their tokens apart, and excludes the padding of a grid that the window does not divide.
+A mask keeps the two apart, and excludes the padding of a grid that the window does not divide.
 
 b batch; t, h, w frames, rows, columns of the grid; d width; e width of a head;
 wins windows after rolling; m tokens in a window. Run `python tesa.py`: how far information spreads.
@@ -33,7 +33,7 @@ def fit(shape, window, shift):
 
 
 def windows(shape, window, shift, device=None):
-    """The window number of each token: int64 (t, h, w). Equal numbers attend to each other.
+    """The window number of each token: int64 (t, h, w). Tokens of one number attend to each other.
 
     Windows begin at shift, shift + window, ...; the tokens before the first form a window, too.
     """

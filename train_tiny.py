@@ -105,7 +105,7 @@ class Run:
     def __init__(self, config, settings, device):
         torch.manual_seed(settings["seed"])
         self.settings, self.device, self.step, self.losses = settings, device, 0, []
-        self.asked_to_stop = self.stop = 0.0  # 1: this process was asked to; > 0: any was
+        self.asked_to_stop = self.stop = 0.0  # 1: a signal came here; > 0: to any process
         self.model = lingen.LinGen(config).to(device)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         matrices, others = [], []  # Muon, for the matrices that act on tokens
@@ -224,7 +224,8 @@ def train(args):
     """Train to the last step (returns 0), or to Ctrl-C or SIGTERM (saves, returns 130)."""
     out, world = Path(args.out), int(os.environ.get("WORLD_SIZE", 1))
     if out.exists() != args.resume:
-        raise ValueError(f"{out} {'exists: give' if out.exists() else 'is missing: omit'} --resume")
+        how = "is missing: omit --resume" if args.resume else "exists: give other --out or --resume"
+        raise ValueError(f"{out} {how}")
     device = sampler.choose_device(args.device)
     if world > 1:  # torchrun
         if str(device) not in ("cpu", "cuda") or any(stage.batch % world for stage in STAGES):
@@ -275,7 +276,7 @@ def train(args):
 
 
 def evaluate(path, n, seed, device):
-    """Sample n seen and n held-out captions (of 19), and print what the judge says."""
+    """Sample n clips each of seen and of held-out captions; print what the judge says."""
     model, saved = sampler.load_model(path, device)
     for name in ("seen", "held out"):
         generator = torch.Generator().manual_seed(seed)
@@ -295,8 +296,8 @@ def setting(text):
         value = ast.literal_eval(value)
     except (ValueError, SyntaxError):
         pass  # a word, as zigzag
-    if name not in fields or type(value) is not type(fields[name]):
-        known = ", ".join(f"{name}={default!r}" for name, default in fields.items())
+    if type(value) is not type(fields.get(name)) or isinstance(value, tuple) and len(value) != 3:
+        known = ", ".join(f"{key}={fields[key]!r}" for key in ({name} & fields.keys() or fields))
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE, as in {known}")
     return name, value
 

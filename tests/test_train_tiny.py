@@ -366,7 +366,7 @@ def test_what_torchrun_cannot_share_is_refused(command, monkeypatch, world, devi
 @pytest.mark.parametrize(
     "argv, code, says",
     [
-        ("--steps 6 --out 6.pt", 2, "6.pt exists: give --resume"),
+        ("--steps 6 --out 6.pt", 2, "6.pt exists: give other --out or --resume"),
         ("--steps 5 --out 6.pt --resume", 2, "steps 6, not 5"),
         ("--steps 9 --out 3.pt --resume", 2, "steps 6, not 9"),
         ("--steps 6 --out 6.pt --resume --set tesa=False", 2, "tesa True, not False"),
@@ -374,7 +374,7 @@ def test_what_torchrun_cannot_share_is_refused(command, monkeypatch, world, devi
         ("--device tpu", 2, "the device 'tpu' is not available here"),
         ("--out run.gif", 2, "--out"),  # the preview would overwrite it
         (f"--evaluate {__file__}", 2, "is damaged or not a checkpoint"),
-        ("--set tesa=maybe", 2, "expected NAME=VALUE"),
+        ("--set tesa=maybe", 2, "expected NAME=VALUE, as in tesa=True"),
         ("--set scan=spiral", 2, "unknown order 'spiral'; expected spatial-row"),
         ("--set ma=False --set tesa=False", 2, "keep ma or tesa"),
         ("--set backend=mamba_ssm --steps 1", 2, "mamba_ssm"),

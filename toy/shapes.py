@@ -3,7 +3,7 @@
     "a red circle moving up-left"       6 colours x 4 shapes x 8 directions
 
 What leaves on the right comes back on the left, so a motion can go on for ever. All shapes move
-one pixel a frame along each moving axis. A tenth of the combinations is held out from training.
+one pixel a frame along each axis of their direction. A tenth of the combinations is held out.
 
 A *spec* is int64 (b, 3): the indices of colour, shape and direction, or -1 for one that the caption
 leaves out. Places and steps are (x, y) in pixels, y pointing down. Clips are (b, 3, frames, h, w).
