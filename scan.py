@@ -89,12 +89,12 @@ def places(order, shape):
 
 if __name__ == "__main__":
     shape = (4, 8, 8)
-    print(f"grid {shape}: mean distance in the sequence between neighbours along each axis\n")
-    print(f"{'order':16} {'time':>7} {'height':>7} {'width':>7}")
+    print(f"grid {shape}: mean (and largest) distance of neighbours in the sequence, by axis\n")
+    print(f"{'order':16} {'time':>12} {'height':>12} {'width':>12}")
     apart = {}
     for order in (*SCANS, "zigzag"):
         apart[order] = [places(order, shape).diff(dim=axis).abs().double() for axis in range(3)]
-        print(f"{order:16} " + " ".join(f"{axis.mean():7.1f}" for axis in apart[order]))
+        print(f"{order:16} " + " ".join(f"{a.mean():6.1f} ({a.max():3.0f})" for a in apart[order]))
     # The smallest distance of each pair over the four orders.
-    best = [torch.stack(axis).amin(0).mean() for axis in zip(*(apart[order] for order in SCANS))]
-    print(f"{'rotary, best':16} " + " ".join(f"{mean:7.1f}" for mean in best))
+    best = [torch.stack([apart[o][axis] for o in SCANS]).amin(0).mean() for axis in range(3)]
+    print(f"{'rotary, best':16} " + " ".join(f"{mean:6.1f}      " for mean in best))

@@ -251,7 +251,7 @@ def tesa_windows(args):
     title = "odd layer as computed: rolled by the shift. The mask separates the parts of a window"
     frames(2, title, paint(colours, palette), even, rolled, first=shift[0])
     field = receptive_field(shape, [even, odd, even, odd])
-    title = "received something from the middle token: after layer 1 (darkest), 2, 3, 4, not yet"
+    title = "received something from the middle token: after 1 layer (darkest), 2, 3, 4"
     frames(3, title, paint(field, blues), torch.zeros(shape))
 
     mask, top, side = tesa.window_mask(shape, window, shift)[-1], 10 + 4 * tall, 144
@@ -349,9 +349,10 @@ def emerging(args):
     rows = [(f"step {i}, t = {predicted[i][0]:.3f}", predicted[i][1]) for i in chosen]
     rows = [(label, sampler.to_frames(clip)) for label, clip in rows]
     rows.append(("the clip", last))
-    page = Page(140 + 52 * len(last[::2]), 54 * len(rows) + 10)
+    page = Page(140 + 52 * len(last[::2]), 54 * len(rows) + 30)
+    page.text(10, 14, "the clean clip as predicted at each step, every second frame", "lm")
     for row, (label, frames) in enumerate(rows):
-        top = 8 + 54 * row
+        top = 28 + 54 * row
         page.text(10, top + 24, label, "lm")
         for column, frame in enumerate(frames[::2]):
             page.pixels(frame, 136 + 52 * column, top, 48, 48)
@@ -374,7 +375,8 @@ def uses(args):
         ("--edit --strength 0.8", square, 16, None, dict(strength=0.8)),
     ]
     page = Page(220 + 40 * 14, 46 * len(rows) + 30)
-    page.text(10, 14, "outlined frames are given; the outlined box is resampled", "lm")
+    title = "every second frame; outlined frames are given; the outlined box is resampled"
+    page.text(10, 14, title, "lm")
     for row, (name, caption, n, given, options) in enumerate(rows):
         known = shapes.render(shapes.parse_caption(circle)[None], torch.tensor([[4.0, 12.0]]), n)
         mask = None if given is None else given[None, :n].float()

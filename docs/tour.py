@@ -17,7 +17,9 @@ from pathlib import Path
 if REPOSITORY and not Path("lingen").exists():
     subprocess.run(["git", "clone", REPOSITORY, "lingen"], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", "lingen/requirements.txt"])
-here = next(p for p in (Path("lingen"), Path(), Path("..")) if (p / "tesa.py").exists()).resolve()
+here = [p for p in (Path("lingen"), Path(), Path("..")) if (p / "tesa.py").exists()]
+assert here, "start in the folder of tesa.py or in docs/, or set REPOSITORY"
+here = here[0].resolve()
 sys.path.insert(0, str(here))
 
 import torch
@@ -47,8 +49,8 @@ def show(clips, captions, title):
 # %% [markdown]
 # ## 1. A clip as a sequence: `scan.py`
 #
-# Mamba reads a sequence, a clip is a grid. Each order keeps one axis together and tears the others
-# apart. Rotary Major Scan goes through four orders, layer by layer.
+# Mamba reads a sequence, a clip is a grid. Each order keeps the neighbours along one axis together
+# and separates the others. Rotary Major Scan uses four orders in turn, one per layer.
 
 # %%
 display(Image(filename=here / "assets" / "scan_orders.png"))
@@ -59,7 +61,7 @@ for order in scan.SCANS:
     print(f"{order:16} neighbours in time, height, width are {apart} places apart")
 
 # %% [markdown]
-# **Change it:** take a longer grid, `(64, 8, 8)`. Which orders get worse?
+# **Change it:** take a longer grid, `(64, 8, 8)`. Which orders get worse? (The temporal ones.)
 #
 # ## 2. A sequence with a memory: `mamba2_ref.py`
 #
@@ -75,11 +77,13 @@ for form in (mamba2_ref.ssd_quadratic, mamba2_ref.ssd_chunked_plain, mamba2_ref.
 display(Image(filename=here / "assets" / "mamba2_maps.png"))
 
 # %% [markdown]
-# **Change it:** multiply `A` by 100. Do the forms still agree? How far back does a token see?
+# **Change it:** multiply `A` by 100. Do the forms still agree? A token sees back some
+# ln 2 / (dt |A|) tokens: how many are left?
 #
 # ## 3. What a scan separates: `tesa.py`
 #
-# Attention in small windows, shifted by half a window in every second layer.
+# Attention in small windows, shifted by half a window in every second layer. Tokens of one number
+# share a window; only equality counts.
 
 # %%
 display(Image(filename=here / "assets" / "tesa_windows.png"))
@@ -120,16 +124,20 @@ for n in (50, 4):
     print(judge.report(judge.judge(clips, specs)))
 
 # %% [markdown]
-# **Change it:** `renoise=0.0`, Euler's method on the flow. Then train a model from nothing, for two
-# minutes: colours come first, then motion, then shapes. (`python train_tiny.py` takes an hour.)
+# A jump of 24 pixels means: in some frame no shape was found.
+#
+# **Change it:** add `"renoise": 0.0` beside `"steps"`: Euler's method on the flow. Then train a
+# model from scratch, for two minutes. The loss falls, and coloured blobs appear; some clips are
+# still black. (`python train_tiny.py` takes an hour.)
 
 # %%
 run = train_tiny.Run(lingen.preset("tiny"), dict(steps=steps, seed=0, rate=train_tiny.RATE), "cpu")
 for _ in range(steps):
     run.advance()
 display(Image(data=preview.loss_curve(run.losses, f"{steps} steps")))
+print(f"mean loss of the last 50 steps: {sum(loss for _, loss, _ in run.losses[-50:]) / 50:.3f}")
 clips = sample.sample_captions(run.average, captions, shapes.WORDS, checkpoint["sampling"])
 show(clips, captions, f"after {steps} steps")
 
 # %% [markdown]
-# **Change it:** `lingen.preset("tiny", ma=False)` in the last cell, and compare.
+# **Change it:** `lingen.preset("tiny", ma=False)` in the last cell, and compare the losses.
