@@ -275,7 +275,7 @@ def given_part(args, settings):
     if args.edit or args.inpaint:
         settings["frames"] = len(mask)
     elif new < 1:
-        raise ValueError(f"{path} has {len(mask)} frames; --frames has to be more")
+        raise ValueError(f"{path} gives {len(mask)} frames; --frames has to be more")
     else:
         made = clip.new_zeros(3, new, *mask.shape[1:])
         parts = [made, clip] if args.before else [clip, made] + [clip] * args.loop
@@ -405,7 +405,7 @@ def main():
         if len(args.captions) > 1 or not path.suffix:  # a folder
             name = f"{i:03d}-" + re.sub(r"\W+", "-", caption)[:60]
             path = path.parent / path.stem / (name + (path.suffix or ".gif"))
-        path.parent.mkdir(parents=True, exist_ok=True)  # if it cannot, before the work
+        path.parent.mkdir(parents=True, exist_ok=True)  # an error before the work
         if window:
             clip = sample_windows(model, caption, vocabulary, settings, window, **given)[0]
         else:

@@ -314,7 +314,7 @@ def main():
         help="field of LinGenConfig, e.g. tesa=False or scan=zigzag; may be repeated")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--save-every", type=float, default=60, metavar="SECONDS", help="between checkpoints")
-    add("--publish", metavar="FILE", help="at the end, also write the weights alone, in float16")
+    add("--publish", metavar="FILE", help="at the end, also write float16 weights for sample.py")
     add("--device", help="an accelerator if there is one, else cpu")
     add("--evaluate", metavar="CHECKPOINT", help="judge clips of this checkpoint, and stop")
     add("--captions", type=int, default=100, help="with --evaluate: how many of each kind")
