@@ -11,7 +11,7 @@ This is the paper's model (LinGen, CVPR 2025, figs. 2 to 5): a DiT (Peebles and 
     clip (b, c, frames, height, width) -> patches -> tokens (b, t, h, w, d) -> blocks -> clip
 
 b batch; c channels; t, h, w the grid of tokens; d width; l = t*h*w; r review tokens; n words.
-In `LinGen.forward`, t (b,) is the time of the flow: 0 noise, 1 data.
+In `LinGen.forward` the argument t (b,) is the time of the flow: 0 noise, 1 data.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class LinGenConfig:
     # The clip and its caption.
     channels: int = 3
     patch: tuple = (2, 4, 4)  # pixels (or latents) of one token
-    grid: tuple = (0, 6, 6)  # tokens that the additive position tables cover; 0: no table
+    grid: tuple = (0, 6, 6)  # tokens that the position tables cover; 0: none, for any number
     vocab_size: int = 0  # captions are word numbers 1 ... vocab_size, 0 is padding
     text_dim: int = 0  # or captions are embeddings of this width
     predicts: str = "clean"  # the clean clip (x-prediction), or "velocity" = data - noise
@@ -233,7 +233,7 @@ class LinGen(nn.Module):
         for i, axis in enumerate("thw", 1):
             if axis in self.positions:
                 table = position_table(self.positions[axis], x.shape[i])
-                x = x + table.view([-1] + [1] * (3 - i) + [x.shape[-1]])  # t: (t, 1, 1, d)
+                x = x + table.view([-1] + [1] * (3 - i) + [x.shape[-1]])  # axis t: (t, 1, 1, d)
         if mask is None:
             mask = text > 0 if config.vocab_size else text.new_ones(text.shape[:2]).bool()
         null = self.null_embedding.expand(len(text), 1, -1)

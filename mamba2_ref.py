@@ -48,7 +48,7 @@ def with_options(form):
         with no_autocast(x.device):
             dtypes = (t.dtype for t in (x, dt, A, B, C))
             dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
-            dt, A, B, C = (t.to(dtype) for t in (dt, A, B, C))
+            dt, A, B, C = (t.to(dtype) for t in (dt, A, B, C))      # x follows in dt x and in D x
             if dt_bias is not None:
                 dt = dt + dt_bias.to(dtype)
             dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
@@ -156,7 +156,7 @@ def ssd_chunked_plain(x, dt, a, B, C, state, starts, Q):
 
 # --- The same arranged for speed ------------------------------------------------------------------
 # On a first reading, skip to `ssd_bidirectional`: what follows computes nothing new.
-# N = b g; K chunks done at once (a segment), k their slice; H states at borders; G masked C B^T.
+# N = b g; K chunks at once, a segment, k its slice; H: h_t^T at borders (n, r p); G masked C B^T.
 SEGMENT = {"cpu": 2**18, "other": 2**28}        # numbers in the largest tensor of a segment
 
 
@@ -175,7 +175,7 @@ def ssd_chunked(x, dt, a, B, C, state, starts, Q):
 
 
 def in_chunks(t, Q, g):
-    """(b, l, g r, ...) -> (N, c, Q, r, ...). Padded with 0: a token of dt = 0 changes no state."""
+    """(b, l, g r, ...) -> (N, c, Q, r, ...); B, C: r = 1. Padded by 0: dt = 0 changes no state."""
     missing = -t.shape[1] % Q
     if missing:
         t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing))
@@ -189,9 +189,9 @@ def carry(decay, states):
     pairs, then fill in the states inside pairs: some 2 K products in log2(K) rounds of calls."""
     even, odd, pairs = states[:, ::2], states[:, 1::2], decay.shape[1] // 2
     if pairs:
-        even[:, 1:].addcmul_(decay[:, 1::2], odd[:, :pairs])
-        carry(decay[:, : 2 * pairs : 2] * decay[:, 1::2], even)
-    odd.addcmul_(decay[:, ::2], even[:, : odd.shape[1]])
+        even[:, 1:].addcmul_(decay[:, 1::2], odd[:, :pairs])            # increments of two chunks
+        carry(decay[:, : 2 * pairs : 2] * decay[:, 1::2], even)         # states 0, 2, 4, ...
+    odd.addcmul_(decay[:, ::2], even[:, : odd.shape[1]])                # states 1, 3, 5, ...
 
 
 class Chunks:
@@ -202,12 +202,12 @@ class Chunks:
         self.inputs, self.dt_heads = (x, B, C), dt.mT.contiguous()          # (N, c, r, Q)
         # exp(a) as 2^(a log2 e): on CPUs exp is many times slower where its result underflows.
         least = 1.2 * math.log2(torch.finfo(a.dtype).tiny)      # 2^least is 0, not even subnormal
-        log2 = (a * math.log2(math.e)).clamp(min=least)         # finite, or inf - inf would follow
+        a2 = (a * math.log2(math.e)).clamp(min=least)           # finite, or inf - inf would follow
         # Exponents are differences of two running sums: fewer digits than term by term, but fast.
         # By rounding, and where j > i, they can be positive. So they are clamped before exp2:
-        # at 0, or where A > 0 lets the state grow, at the sum of the positive terms.
-        sums, most = log2.cumsum(2), log2.clamp(min=0).sum(2, keepdim=True)
-        self.sums, self.most = sums.mT.contiguous(), most.mT[..., None]     # (N, c, r, Q)
+        # at 0, or for A > 0 at the sum of the positive terms. from_start sums terms of one sign.
+        sums, most = a2.cumsum(2), a2.clamp(min=0).sum(2, keepdim=True)
+        self.sums, self.most = sums.mT.contiguous(), most.mT[..., None]     # (N,c,r,Q), (N,c,r,1,1)
         # Decays from chunk start to token and from token to chunk end; then the causal mask.
         from_start, to_end = sums.exp2(), (sums[:, :, -1:] - sums).clamp(max=most).exp2()
         self.mask = a.new_ones(Q, Q).tril().expand(N, c, Q, Q)
@@ -224,8 +224,8 @@ class Chunks:
         self.segments = [slice(i, min(i + step, c)) for i in range(0, c, step)]
 
     def cut(self, k):
-        """Of the chunks of slice k: B, C, v = dt x (N, K, r, Q, p), v_to_end (N, K, Q, r p), decay
-        of a chunk (N, K, 1, r p), L (N, K, r, Q, Q) without mask, masked C B^T (N, K, 1, Q, Q)."""
+        """For slice k: B, C (N, K, Q, n), v = dt x (N, K, r, Q, p), v_to_end (N, K, Q, r p), decay
+        (N, K, 1, r p), L (N, K, r, Q, Q), wrong where j > i, and G, 0 there (N, K, 1, Q, Q)."""
         x, B, C = (t[:, k] for t in self.inputs)
         v = self.dt_heads[:, k, ..., None] * x.transpose(2, 3)
         decay = self.from_start[:, k, -1:, :, 0].repeat_interleave(x.shape[4], 3)
@@ -244,9 +244,9 @@ class FastScan(torch.autograd.Function):
         chunks, borders, y = Chunks(x, dt, a, B, C, starts), [], dt.new_empty(x.shape)
         for k in chunks.segments:
             B_k, C_k, v, v_to_end, decay, L, G = chunks.cut(k)
-            H = torch.cat([state[:, None], B_k.mT @ v_to_end], 1)              # (N, K + 1, n, r p)
-            carry(decay, H)
-            y[:, k] = (L.mul_(G) @ v).transpose(2, 3)                       # (N, K, Q, r, p)
+            H = torch.cat([state[:, None], B_k.mT @ v_to_end], 1)           # 3. (N, K + 1, n, r p)
+            carry(decay, H)                                                 # 4.
+            y[:, k] = (L.mul_(G) @ v).transpose(2, 3)                       # 1.; below 2.
             y[:, k].addcmul_(chunks.from_start[:, k], (C_k @ H[:, :-1]).unflatten(3, x.shape[3:]))
             state = H[:, -1]
             if any(ctx.needs_input_grad):
@@ -265,9 +265,9 @@ class FastScan(torch.autograd.Function):
                 B_k, C_k, v, v_to_end, decay, L, G = chunks.cut(k)
                 # The gradient of the states runs backwards in time, through the same decays.
                 decayed_dy = (chunks.from_start[:, k] * dy[:, k]).flatten(3)    # (N, K, Q, r p)
-                dH = torch.cat([dH[:, None], (C_k.mT @ decayed_dy).flip(1)], 1) # (N, K + 1, n, r p)
-                carry(decay.flip(1), dH)
-                H, dH_out, dH = H[:, :-1], dH[:, :-1].flip(1), dH[:, -1]
+                dS = torch.cat([dH[:, None], (C_k.mT @ decayed_dy).flip(1)], 1) # (N, K + 1, n, r p)
+                carry(decay.flip(1), dS)
+                H, dH_out, dH = H[:, :-1], dS[:, :-1].flip(1), dS[:, -1]    # before, after each
                 # y = M v + from_start (C H), M = L o G, G = C B^T; B^T v_to_end joins the state.
                 dy_k = dy[:, k].transpose(2, 3).contiguous()                # (N, K, r, Q, p)
                 dM_L = (dy_k @ v.mT).mul_(L)                                # dM o L
@@ -275,20 +275,20 @@ class FastScan(torch.autograd.Function):
                 dC[:, k] = dG @ B_k + decayed_dy @ H.mT
                 dB[:, k] = dG.mT @ C_k + v_to_end @ dH_out.mT
                 d_v_to_end = B_k @ dH_out                                  # (N, K, Q, r p)
-                dv = dx[:, k].copy_((L.mul_(G).mT @ dy_k).transpose(2, 3))  # (N, K, Q, r, p)
+                dv = dx[:, k].copy_((L.mul_(G).mT @ dy_k).transpose(2, 3))  # view of dx; L is M now
                 dv.addcmul_(chunks.to_end[:, k], d_v_to_end.unflatten(3, heads))
                 ddt[:, k] = (x[:, k] * dv).sum(-1)      # via v only; autograd adds the part via a
                 dv.mul_(dt[:, k, ..., None])                                # now dx
-                # E = dM o M is the gradient of L's exponents. a_m occurs in those with j < m <= i:
-                # sum rows minus columns of E from m to the end. a_m also occurs in from_start of
-                # i >= m, in to_end of j < m, and in the chunk's decay. The diagonal of E would
-                # cancel, but only up to rounding, so it is left out.
+                # E = dM o M: gradient of L's exponents (base e); E_start, E_end, E_chunk: those of
+                # from_start, to_end, decay. a_m is in L_ij with j < m <= i: rows minus columns of E
+                # from m on, as i, j >= m cancel. It is in from_start of i >= m, to_end of j < m and
+                # decay. The diagonal would cancel only up to rounding, so it is left out.
                 E = dM_L.mul_(G.tril(-1))
-                d_from_start = (decayed_dy * (C_k @ H)).unflatten(3, heads).sum(-1)  # (N, K, Q, r)
-                d_to_end = (v_to_end * d_v_to_end).unflatten(3, heads).sum(-1)
-                d_decay = ((H * dH_out).sum(2, keepdim=True) * decay).unflatten(3, heads).sum(-1)
-                up_to = ((E.sum(-1) - E.sum(-2)).mT + d_from_start).flip(2).cumsum(2).flip(2)
-                da[:, k] = up_to + F.pad(d_to_end.cumsum(2)[:, :, :-1], (0, 0, 1, 0)) + d_decay
+                E_start = (decayed_dy * (C_k @ H)).unflatten(3, heads).sum(-1)      # (N, K, Q, r)
+                E_end = (v_to_end * d_v_to_end).unflatten(3, heads).sum(-1)
+                E_chunk = ((H * dH_out).sum(2, keepdim=True) * decay).unflatten(3, heads).sum(-1)
+                tail = ((E.sum(-1) - E.sum(-2)).mT + E_start).flip(2).cumsum(2).flip(2)
+                da[:, k] = tail + F.pad(E_end.cumsum(2)[:, :, :-1], (0, 0, 1, 0)) + E_chunk
         return dx.to(x.dtype), ddt, da, dB, dC, dH, None
 
 
@@ -366,7 +366,7 @@ class Mamba2(nn.Module):
         self.d_model, self.d_inner, self.d_state, self.d_conv = d_model, d_inner, d_state, d_conv
         self.headdim, self.ngroups, self.nheads = headdim, ngroups, d_inner // headdim
         self.dt_limit, self.chunk_size, self.backend = dt_limit, chunk_size, backend
-        if backend != "auto":                   # a missing backend is an error at once
+        if backend != "auto":                   # as if on a GPU: if missing, an error at once
             choose_scan(backend, torch.device("cuda"))
         d_conv_in = d_inner + 2 * ngroups * d_state                         # x, B, C
         self.in_proj = nn.Linear(d_model, d_inner + d_conv_in + self.nheads, bias=bias)

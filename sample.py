@@ -90,7 +90,7 @@ def encode(captions, vocabulary, seed=None):
                 words += [word for word in known if seed is not None and word not in words]
             elif len(named) > 1:
                 raise ValueError(f"the model shows one object, but {named} each name a {kind}")
-            elif seed is not None and named in ([], [kind]):
+            elif seed is not None and named in ([], [kind]):  # "shape" leaves the shape open
                 drawn = random.Random(f"{kind} {seed + i}").choice([w for w in known if w != kind])
                 words = [word for word in words if word != kind] + [drawn]
         rows.append(torch.tensor([number[word] for word in words]))
@@ -125,7 +125,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     text and text_mask: as LinGen.forward takes them. shape: (frames, height, width).
     known (b or 1, channels, *shape), mask (b or 1, *shape): a clip, and 1 where it is given. There
         it replaces each prediction. The rest is corrected by the gradient of the error made there:
-        reconstruction guidance (Video Diffusion Models, arXiv 2204.03458; choice: weight 1).
+        reconstruction guidance (Video Diffusion Models, arXiv 2204.03458; choice: step 1).
     strength S: begins with `known`, noised to the time 1 - S (SDEdit, arXiv 2108.01073).
     guidance: classifier-free guidance scale (Ho and Salimans 2022, arXiv 2207.12598); 1 means none.
     renoise r: the next step's noise is sqrt(1 - r^2) old + r new; 0 is Euler's method on the flow.
@@ -151,7 +151,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
         noise = [torch.randn(model.config.channels, *shape, generator=g) for g in generators]
         return torch.stack(noise).to(weight.device)
 
-    def denoise(x, t, words):  # the mean clean clip
+    def denoise(x, t, words):  # words: which to heed -> the mean clean clip
         out = model(x.to(weight.dtype), x.new_full((b,), t), text, words).float()
         return out if model.config.predicts == "clean" else x + (1 - t) * out
 
@@ -168,8 +168,8 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
                 without = denoise(x, t, no_words)
                 x1 = without + guidance * (x1 - without)
             if given is not None:
-                error = (x1 - known).square().where(given, 0).sum()
-                x1 = x1 - torch.autograd.grad(error, x)[0]  # down the slope of the error
+                wrong = (x1 - known).square().where(given, 0).sum()
+                x1 = x1 - torch.autograd.grad(wrong, x)[0]  # down the slope of the error
                 x, x1 = x.detach(), torch.where(given, known, x1).detach()
         x0 = (x - t * x1) / (1 - t)  # the noise that goes with it
         if renoise and t_next < 1:
@@ -182,10 +182,10 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
 
 
 def sample_captions(model, captions, vocabulary, settings, **options):
-    """Clips (b, 3, frames, h, w) on the CPU, 16 at a time; settings: Settings(...) as a dict."""
+    """Clips (b, 3, frames, h, w) on the CPU. settings: Settings as a dict; words: encode's seed."""
     options = {**settings, **options}
     *shape, seed, _ = [options.pop(key) for key in ("frames", "height", "width", "seed", "fps")]
-    parts = enumerate(encode(captions, vocabulary, seed).split(16))
+    parts = enumerate(encode(captions, vocabulary, options.pop("words", seed)).split(16))
     clips = [sample(model, part, shape, seed=seed + 16 * i, **options).cpu() for i, part in parts]
     return torch.cat(clips)
 
@@ -266,7 +266,7 @@ def box(text):
 
 
 def given_part(args, settings):
-    """The options of `sample` by which the command line gives a clip, or a part of one."""
+    """The options of `sample` for a given clip or a part; may change settings["frames"]."""
     path = args.image or args.extend or args.inpaint or args.edit
     if not path:
         return {}
@@ -277,7 +277,7 @@ def given_part(args, settings):
     elif new < 1:
         raise ValueError(f"{path} gives {len(mask)} frames; --frames has to be more")
     else:
-        made = clip.new_zeros(3, new, *mask.shape[1:])
+        made = clip.new_zeros(3, new, *mask.shape[1:])  # a loop repeats clip at the end; main cuts
         parts = [made, clip] if args.before else [clip, made] + [clip] * args.loop
         mask = torch.cat([torch.full_like(part[0], part is clip) for part in parts])
         clip = torch.cat(parts, 1)
@@ -285,7 +285,7 @@ def given_part(args, settings):
         return dict(known=clip[None], strength=args.strength)
     if args.box:
         mask[(..., *args.box)] = 0
-    if args.mask:  # white is resampled
+    if args.mask:  # in the file white is resampled; in mask 1 is given, 0 resampled
         mask *= read_frames(args.mask, *mask.shape[1:])[:, :1].mean(0) < 0
     if mask.all() or not mask.any():
         raise ValueError("--mask or --box must select a part of the clip, but not all of it")
@@ -300,7 +300,7 @@ def sample_windows(model, caption, vocabulary, settings, window, known, mask, fr
         start = min(max(0, start), max(0, frames - window))
         part = slice(start, start + window)
         options = dict(known=clip[:, :, part], mask=mask[:, part], seed=settings["seed"] + start)
-        options |= dict(frames=min(frames, window), progress=True)
+        options |= dict(frames=min(frames, window), progress=True, words=settings["seed"])
         clip[:, :, part] = sample_captions(model, [caption], vocabulary, settings, **options)
         mask[:, part] = 1
     return clip
@@ -346,7 +346,7 @@ def run_command(name, command):
         sys.exit(command())
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
-    except (ValueError, OSError, ArithmeticError, ImportError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         code, message = 2 if isinstance(error, ValueError) else 1, str(error)
     except (MemoryError, RuntimeError) as error:
         if not re.search("MemoryError|out of memory|allocate memory", repr(error)):

@@ -15,8 +15,8 @@ Each order only permutes the axes, which costs one strided copy (for spatial-row
 zigzag is the paper's baseline (table 2, fig. 11b). The direction alternates from row to row, and
 the order of rows from frame to frame. That is no permutation of axes: every token needs an index.
 
-b batch; T, H, W (t, h, w in shapes) frames, rows, columns; (t, y, x) the place of a token; d width
-of a token; l = T*H*W length of the sequence.
+b batch; T, H, W (t, h, w in shapes) frames, rows, columns; (t, y, x) frame, row, column of a token;
+d width of a token; l = T*H*W length of the sequence.
 
 Run it: `python scan.py` prints how far apart neighbours land in each order.
 """

@@ -40,9 +40,9 @@ def windows(shape, window, shift, device=None):
     window, shift = fit(shape, window, shift)
     number = torch.zeros(1, 1, 1, dtype=torch.int64, device=device)
     for axis, (size, win, by) in enumerate(zip(shape, window, shift)):
-        place = torch.arange(size, device=device) + (win - by) % win
+        place = torch.arange(size, device=device) + (win - by) % win  # as if `by` began a window
         along = (place // win).view([-1 if i == axis else 1 for i in range(3)])
-        number = number * (size // win + 2) + along  # a digit below size // win + 2 for each axis
+        number = number * (size // win + 2) + along  # axes as digits; along <= size // win + 1
     return number
 
 

@@ -56,7 +56,7 @@ def stage_at(step, steps):
 
 
 def draw_times(n, frames, generator):
-    """Times (n,) to train at: logit-normal (SD3), lower for longer clips; a fifth is uniform."""
+    """Times (n,) to train at: logit-normal (SD3), noisier for long clips; a fifth is uniform."""
     logit = -1.5 - 0.5 * math.log(frames / 16) + 1.2 * torch.randn(n, generator=generator)
     uniform, chance = torch.rand(2, n, generator=generator)
     return torch.where(chance < 0.2, uniform, torch.sigmoid(logit))
@@ -76,7 +76,7 @@ def training_batch(step, steps, seed):
 def velocity_error(out, clips, t, noise, predicts):
     """Mean squared error of the velocity, for a prediction `out` at (1 - t) noise + t clips.
 
-    The velocity is (x1 - x_t) / (1 - t), so its error is that of x1 over 1 - t, here with a bound.
+    The velocity is (clips - x_t) / (1 - t), so its error is that of clips over 1 - t, but bounded.
     """
     if predicts == "velocity":
         return (out - (clips - noise)).square().mean()
@@ -105,7 +105,7 @@ class Run:
     def __init__(self, config, settings, device):
         torch.manual_seed(settings["seed"])
         self.settings, self.device, self.step, self.losses = settings, device, 0, []
-        self.asked_to_stop = self.stop = 0.0  # 1: a signal came here; > 0: to any process
+        self.asked_to_stop = self.stop = 0.0  # a signal came: here (1), to any process (> 0)
         self.model = lingen.LinGen(config).to(device)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         matrices, others = [], []  # Muon, for the matrices that act on tokens
@@ -203,7 +203,7 @@ class Run:
     def save(self, out, variant):
         """Write the checkpoint, and beside it eight sampled clips and the loss curve."""
         write_checkpoint(out, self.state())
-        specs = torch.tensor([[i % 6, i % 4, i] for i in range(8)])  # each direction once
+        specs = torch.tensor([[i % 6, i % 4, i] for i in range(8)])  # colour, shape, direction
         captions = [shapes.caption(spec) for spec in specs]
         settings = dataclasses.asdict(sampler.Settings(steps=24))
         clips = sample_captions(self.average, captions, shapes.WORDS, settings)
@@ -296,7 +296,7 @@ def setting(text):
         value = ast.literal_eval(value)
     except (ValueError, SyntaxError):
         pass  # a word, as zigzag
-    if type(value) is not type(fields.get(name)) or isinstance(value, tuple) and len(value) != 3:
+    if type(value) is not type(fields.get(name, id)) or type(value) is tuple and len(value) != 3:
         known = ", ".join(f"{key}={fields[key]!r}" for key in ({name} & fields.keys() or fields))
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE, as in {known}")
     return name, value

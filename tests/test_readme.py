@@ -126,7 +126,7 @@ def test_options_of_the_kernel_judge_exist():
 
 def test_parts_are_swapped_as_told():
     swaps = re.findall(r"--set ([\w=.,()-]+)", ALL)
-    swaps += re.findall(r"`(\w+=[^`\s]+)`", section(README, "Swap a part, and train it"))
+    swaps += re.findall(r'`"?(\w+=[^`\s"]+)"?`', section(README, "Swap a part, and train it"))
     assert len(swaps) >= 9
     for swap in swaps:
         if swap != "NAME=VALUE":
