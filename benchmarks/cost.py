@@ -63,6 +63,21 @@ def parameters(config):
         return sum(p.numel() for p in LinGen(config).parameters())
 
 
+def draw(rows):
+    def lines(axis):
+        rows.sort(key=lambda row: int(row["tokens"]))
+        tokens = [int(row["tokens"]) for row in rows]
+        for name, label, colour in (("dit_tflop", "DiT", "C1"), ("lingen_tflop", "LinGen", "C0")):
+            axis.plot(tokens, [float(row[name]) for row in rows], "o-", color=colour, label=label)
+        x, y = tokens[5], float(rows[5]["dit_tflop"])
+        axis.annotate("512p, 68 s  ", (x, y), ha="right", va="bottom")
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="TFLOP")
+        axis.set_title("4B models, one denoising step")
+        axis.legend()
+
+    return lines
+
+
 def main():
     args = common.arguments(common.parser_of(__doc__))
     ours, dit = (preset("4b", **change) for change in MODELS.values())
@@ -74,6 +89,7 @@ def main():
             table.add(pixels=pixels, seconds=seconds, tokens=common.count_tokens(ours, shape),
                       lingen_tflop=round(counts[0], 1), dit_tflop=round(counts[1], 1),
                       ratio=round(counts[1] / counts[0], 2))  # fmt: skip
+    common.plot(args.out / "cost.png", draw(table.rows))
     print("\nWhat the ratio at 512p and 68 s depends on (the paper's is 15)\n")
     table = common.Table(args.out / "cost_depends.csv")
     for name, (of_ours, of_dit, more) in DEPENDS.items():
