@@ -33,8 +33,7 @@ VARIANTS = [
     dict(scan="zigzag"), dict(predicts="velocity"), dict(window=(3, 4, 5)),
 ]  # fmt: skip
 SAMPLERS = [dict(), dict(renoise=1.0), dict(guidance=2.0), dict(schedule="linear-quadratic")]
-NO_COMPILER = shutil.which("g++") is None
-COMPILER = pytest.mark.skipif(NO_COMPILER, reason="the guard needs a C++ compiler")
+COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="the guard needs a C++ compiler")
 CASES = {}
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>

@@ -1,6 +1,7 @@
 """The sampler against closed forms, its files, and the command as a user calls it."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -72,11 +73,7 @@ def call(monkeypatch, capsys, tmp_path):
 def command(call):
     """Run sample.py on tiny.pt, the only file in the folder."""
     torch.save(make_checkpoint(), "tiny.pt")
-
-    def run(*argv):
-        return call(sampler, "--device", "cpu", "--checkpoint", "tiny.pt", *argv)
-
-    return run
+    return functools.partial(call, sampler, "--device", "cpu", "--checkpoint", "tiny.pt")
 
 
 class Stub(nn.Module):
