@@ -63,7 +63,7 @@ class LinGenConfig:
 
     def __post_init__(self):
         if self.mixer not in ("mate", "attention") or self.predicts not in ("clean", "velocity"):
-            raise ValueError("expected mixer mate or attention, and predicts clean or velocity")
+            raise ValueError(f"unknown: mixer {self.mixer!r} or predicts {self.predicts!r}")
         sizes = (*self.patch, *self.pool, *self.window, self.channels, self.d_model, self.nheads)
         if min(sizes) < 1 or min(*self.grid, self.depth) < 0 or self.d_model % (2 * self.nheads):
             raise ValueError(f"sizes must be at least 1, and 2 * nheads divide d_model: {self}")

@@ -202,18 +202,18 @@ def load_checkpoint(path):
     return {**checkpoint, "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def load_model(path, device="cpu", backend="auto"):
+def load_model(path, device="cpu", backend=None):
     """A checkpoint -> (float32 model in eval mode, checkpoint). ValueError if they do not fit."""
-    checkpoint = load_checkpoint(path)
+    saved = load_checkpoint(path)
     try:
-        Settings(**checkpoint["sampling"])
-        config = lingen.LinGenConfig(**{**checkpoint["config"], "backend": backend})
+        Settings(**saved["sampling"])
+        config = lingen.LinGenConfig(**saved["config"] | ({"backend": backend} if backend else {}))
         with torch.device("meta"):  # takes no memory before the weights are known to fit
             model = lingen.LinGen(config)
-        model.load_state_dict(checkpoint["weights"], assign=True)
+        model.load_state_dict(saved["weights"], assign=True)
     except Exception as error:
         raise ValueError(f"cannot build the model of {path}: {error}") from None
-    return model.to(device, torch.float32).eval(), checkpoint
+    return model.to(device, torch.float32).eval(), saved
 
 
 def to_frames(clip):
@@ -377,7 +377,7 @@ def main():
     add("--box", type=box, metavar="X0,Y0,X1,Y1", help="with --inpaint: resample inside this box")
     add("--strength", type=float, default=0.8, help="with --edit: 0 keeps the clip, 1 ignores it")
     add("--device", help="an accelerator if there is one, else cpu")
-    add("--backend", choices=mamba2_ref.BACKENDS, default="auto", help="of the Mamba2 scan")
+    add("--backend", choices=mamba2_ref.BACKENDS, help="of the Mamba2 scan")
     add("--read", metavar="CLIP", help="print the settings inside a clip, and stop")
     args = parser.parse_args()
     if args.read:

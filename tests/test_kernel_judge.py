@@ -471,7 +471,7 @@ def test_the_report_says_where_and_how_to_see_it_again():
         "hint: heads take their groups in turn",
         "smallest case: plain:",
         "first at batch 0, position 0 (chunk 0, place 0)",
-        "--kernel package:kernel --dtype float32 --case 'plain:",
+        "again: judge(kernel, dtypes='float32', cases=['plain:",
     ):
         assert part in text, text
 
@@ -512,7 +512,7 @@ def in_numpy(x, dt, A, B, C, chunk_size, D=None, return_final_states=False):
         )
         ys.append((state * c).sum(-1))
     y = np.stack(ys, 1) + (0 if D is None else x * D.reshape(len(A), -1))
-    return (y, state.astype(np.float32)) if return_final_states else y
+    return (y, state) if return_final_states else y
 
 
 def test_arrays_come_in_through_the_adapter_of_the_manual():

@@ -1,5 +1,6 @@
 """scan.py against the index formulas of its header, the zigzag against nested loops."""
 
+import re
 import runpy
 
 import pytest
@@ -90,12 +91,11 @@ def test_unknown_orders_and_shapes_that_do_not_hold_the_tokens_raise():
                 scan.to_grid(torch.ones(1, 8, 1), order, shape)
 
 
-def test_the_script_prints_the_mean_distances_between_neighbours(capsys):
+def test_the_script_prints_mean_and_largest_distances_between_neighbours(capsys):
     runpy.run_path(scan.__file__, run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
-    rows = {line[:16].strip(): line[16:].split() for line in lines}
+    rows = {line[:16].strip(): re.findall(r"[\d.]+", line[16:]) for line in lines}
     for order in ORDERS:
-        where = places(order, (4, 8, 8)).double()
-        means = [where.diff(dim=axis).abs().mean() for axis in range(3)]
-        assert rows[order] == [f"{mean:.1f}" for mean in means]
+        apart = [places(order, (4, 8, 8)).double().diff(dim=axis).abs() for axis in range(3)]
+        assert " ".join(rows[order]) == " ".join(f"{d.mean():.1f} {d.max():.0f}" for d in apart)
     assert rows["rotary, best"] == ["1.0"] * 3  # each axis is the fast one in some layer
