@@ -181,12 +181,27 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     return x.clamp(-1, 1) if model.config.channels == 3 else x  # latents have no bounds
 
 
+def sample_windows(model, text, shape, *, known, mask, window, seed=0, **options):
+    """`sample` by windows of so many frames; from the end backwards if frame 0 is not given."""
+    clip, mask = known.clone(), mask.clone()
+    while missing := [i for i in range(shape[0]) if not mask[:, i].all()]:
+        start = missing[0] - window // 2 if missing[0] else missing[-1] + 1 - (window + 1) // 2
+        start = min(max(0, start), max(0, shape[0] - window))
+        part = slice(start, start + window)
+        given = dict(known=clip[:, :, part], mask=mask[:, part])
+        size = given["known"].shape[2:]
+        clip[:, :, part] = sample(model, text, size, seed=seed + start, **given, **options)
+        mask[:, part] = 1
+    return clip
+
+
 def sample_captions(model, captions, vocabulary, settings, **options):
-    """Clips (b, 3, frames, h, w) on the CPU. settings: Settings as a dict; words: encode's seed."""
+    """Clips (b, 3, frames, h, w) on the CPU, 16 at a time; settings: Settings(...) as a dict."""
     options = {**settings, **options}
     *shape, seed, _ = [options.pop(key) for key in ("frames", "height", "width", "seed", "fps")]
-    parts = enumerate(encode(captions, vocabulary, options.pop("words", seed)).split(16))
-    clips = [sample(model, part, shape, seed=seed + 16 * i, **options).cpu() for i, part in parts]
+    parts = enumerate(encode(captions, vocabulary, seed).split(16))
+    make = sample_windows if "window" in options else sample
+    clips = [make(model, part, shape, seed=seed + 16 * i, **options).cpu() for i, part in parts]
     return torch.cat(clips)
 
 
@@ -292,20 +307,6 @@ def given_part(args, settings):
     return dict(known=clip[None], mask=mask[None], frames=len(mask))
 
 
-def sample_windows(model, caption, vocabulary, settings, window, known, mask, frames):
-    """Clips (b, 3, frames, h, w), `window` frames at a time; backwards if frame 0 is not given."""
-    clip, mask = known.clone(), mask.clone()
-    while missing := [i for i in range(frames) if not mask[:, i].all()]:
-        start = missing[0] - window // 2 if missing[0] else missing[-1] + 1 - (window + 1) // 2
-        start = min(max(0, start), max(0, frames - window))
-        part = slice(start, start + window)
-        options = dict(known=clip[:, :, part], mask=mask[:, part], seed=settings["seed"] + start)
-        options |= dict(frames=min(frames, window), progress=True, words=settings["seed"])
-        clip[:, :, part] = sample_captions(model, [caption], vocabulary, settings, **options)
-        mask[:, part] = 1
-    return clip
-
-
 def replace_file(path, data):
     """Write data atomically: a kill leaves the old file or the new one, whole."""
     part = Path(path).with_name(f".{Path(path).name}.part")
@@ -395,9 +396,10 @@ def main():
     settings |= {name: value for name, value in vars(args).items() if name in settings}
     Settings(**settings)  # its limits
     given = given_part(args, settings)
-    window = max(checkpoint["trained"]["frames"]) if "mask" in given and not args.loop else None
+    if "mask" in given and not args.loop:  # a loop needs both its ends at once
+        given["window"] = max(checkpoint["trained"]["frames"])
     for name, known in checkpoint["trained"].items():
-        if settings[name] not in known and not (window and name == "frames"):
+        if settings[name] not in known and not (name == "frames" and "window" in given):
             print(f"warning: {name} is {settings[name]}; trained on {known}", file=sys.stderr)
     encode(args.captions, vocabulary), times(1, settings["schedule"])  # errors before the work
     for i, caption in enumerate(args.captions):
@@ -406,11 +408,8 @@ def main():
             name = f"{i:03d}-" + re.sub(r"\W+", "-", caption)[:60]
             path = path.parent / path.stem / (name + (path.suffix or ".gif"))
         path.parent.mkdir(parents=True, exist_ok=True)  # an error before the work
-        if window:
-            clip = sample_windows(model, caption, vocabulary, settings, window, **given)[0]
-        else:
-            options = {**settings, **given, "progress": True}
-            clip = sample_captions(model, [caption], vocabulary, options)[0]
+        options = {**settings, **given, "progress": True}
+        clip = sample_captions(model, [caption], vocabulary, options)[0]
         note = {**settings, "caption": caption, "checkpoint": checkpoint["sha256"]}
         note |= {"command": sys.argv[1:]} if given else {}
         write_clip(path, to_frames(clip)[: settings["frames"]], settings["fps"], note)

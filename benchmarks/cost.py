@@ -65,12 +65,14 @@ def parameters(config):
 
 def draw(rows):
     def lines(axis):
-        rows.sort(key=lambda row: int(row["tokens"]))
-        tokens = [int(row["tokens"]) for row in rows]
+        points = sorted(rows, key=lambda row: int(row["tokens"]))
+        tokens = [int(row["tokens"]) for row in points]
         for name, label, colour in (("dit_tflop", "DiT", "C1"), ("lingen_tflop", "LinGen", "C0")):
-            axis.plot(tokens, [float(row[name]) for row in rows], "o-", color=colour, label=label)
-        x, y = tokens[5], float(rows[5]["dit_tflop"])
-        axis.annotate("512p, 68 s  ", (x, y), ha="right", va="bottom")
+            axis.plot(tokens, [float(row[name]) for row in points], "o-", color=colour, label=label)
+        for row in rows:
+            if (int(row["pixels"]), int(row["seconds"])) == (512, 68):
+                place = int(row["tokens"]), float(row["dit_tflop"])
+                axis.annotate("512p, 68 s  ", place, ha="right", va="bottom")
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="TFLOP")
         axis.set_title("4B models, one denoising step")
         axis.legend()

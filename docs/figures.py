@@ -324,11 +324,11 @@ def examples(args):
     return page.png()
 
 
-def sample_clips(args, captions, callback=lambda t, x1: None):
+def sample_clips(args, captions, **options):
     model, checkpoint = sampler.load_model(args.checkpoint)
     settings = dataclasses.asdict(sampler.Settings(**checkpoint["sampling"]))
-    options = dict(callback=callback, progress=True)
-    clips = sampler.sample_captions(model, captions, checkpoint["vocabulary"], settings, **options)
+    settings |= dict(progress=True, **options)
+    clips = sampler.sample_captions(model, captions, checkpoint["vocabulary"], settings)
     return [sampler.to_frames(clip) for clip in clips]
 
 
@@ -344,7 +344,8 @@ def hero(args):
 def emerging(args):
     """The predicted clean clip at some of the sampler's steps, from noise to data."""
     caption, predicted = "a red circle moving right", []
-    last = sample_clips(args, [caption], lambda t, x1: predicted.append((t, x1[0])))[0]
+    look = lambda t, x1: predicted.append((t, x1[0]))
+    last = sample_clips(args, [caption], callback=look)[0]
     chosen = [round(i) for i in torch.linspace(0, (len(predicted) - 1) ** 0.5, 8).square().tolist()]
     rows = [(f"step {i}, t = {predicted[i][0]:.3f}", predicted[i][1]) for i in chosen]
     rows = [(label, sampler.to_frames(clip)) for label, clip in rows]
