@@ -157,8 +157,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
 
     x, start = draw_noise(), 1 - strength
     ts = [start, *(t for t in times(steps, schedule, shift).tolist() if t > start)]
-    if start:
-        x = (1 - start) * x + start * known
+    x = x if known is None else x.lerp(known, start)
     bar = tqdm(ts[:-1], disable=None if progress else True, leave=False, unit="step")
     for t, t_next in zip(bar, ts[1:]):
         with torch.set_grad_enabled(given is not None):
@@ -217,12 +216,12 @@ def load_checkpoint(path):
     return {**checkpoint, "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def load_model(path, device="cpu", backend=None):
+def load_model(path, device="cpu", **changes):  # of fields of the config
     """A checkpoint -> (float32 model in eval mode, checkpoint). ValueError if they do not fit."""
     saved = load_checkpoint(path)
     try:
         Settings(**saved["sampling"])
-        config = lingen.LinGenConfig(**saved["config"] | ({"backend": backend} if backend else {}))
+        config = lingen.LinGenConfig(**saved["config"] | changes)
         with torch.device("meta"):  # takes no memory before the weights are known to fit
             model = lingen.LinGen(config)
         model.load_state_dict(saved["weights"], assign=True)
@@ -391,7 +390,8 @@ def main():
             parser.error(f"--{option} goes with --{use}")
     if args.out.suffix.lower() not in ("", *ENDINGS):
         parser.error(f"--out {args.out}: expected a folder, or an ending of {', '.join(ENDINGS)}")
-    model, checkpoint = load_model(args.checkpoint, choose_device(args.device), args.backend)
+    backend = {"backend": args.backend} if args.backend else {}
+    model, checkpoint = load_model(args.checkpoint, choose_device(args.device), **backend)
     vocabulary, settings = checkpoint["vocabulary"], {**checkpoint["sampling"]}
     settings |= {name: value for name, value in vars(args).items() if name in settings}
     Settings(**settings)  # its limits

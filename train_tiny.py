@@ -14,8 +14,8 @@ import argparse
 import ast
 import collections
 import copy
-import dataclasses
 import io
+import itertools
 import math
 import os
 import signal
@@ -44,15 +44,15 @@ LEFT_OUT = 0.3  # share of captions that may leave out colour, shape or directio
 CLAMP = 0.4  # the smallest 1 - t in the loss, or late times would dominate
 
 
-def stage_at(step, steps):
-    """The stage whose clips a step trains on."""
+def stage_at(step, steps, frames=None):
+    """The stage whose clips a step trains on; frames: lengths of clips to take in turn instead."""
     if step % PICTURES_EVERY == 0:
         return STAGES[0]
-    done = 0.0
-    for stage in STAGES:
-        done += stage.share
-        if step < round(done * steps):
-            return stage
+    if frames:
+        length = frames[step % len(frames)]
+        return Stage(length, max(1, 128 // length), 1 / len(frames))
+    ends = itertools.accumulate(stage.share for stage in STAGES)
+    return next(stage for stage, end in zip(STAGES, ends) if step < round(end * steps))
 
 
 def draw_times(n, frames, generator):
@@ -62,10 +62,10 @@ def draw_times(n, frames, generator):
     return torch.where(chance < 0.2, uniform, torch.sigmoid(logit))
 
 
-def training_batch(step, steps, seed):
-    """The random data of a step, from (step, steps, seed) alone: clips, text (b, n), t, noise."""
+def training_batch(step, steps, seed, frames=None):
+    """The random data of a step, from its arguments alone: clips, text (b, n), t, noise."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + step)
-    stage = stage_at(step, steps)
+    stage = stage_at(step, steps, frames)
     clips, captions, _ = shapes.make_batch(stage.batch, stage.frames, generator, left_out=LEFT_OUT)
     text = sampler.encode(captions, shapes.WORDS)
     text[torch.rand(len(text), generator=generator) < NO_CAPTION] = 0
@@ -90,9 +90,6 @@ def flow_matching_loss(model, clips, text, t, noise):
     out = model((1 - at) * noise + at * clips, t, text)
     config = getattr(model, "module", model).config  # under DistributedDataParallel: its module
     return velocity_error(out, clips, t, noise, config.predicts)
-
-
-# ---------------------------------------------------------------- the run
 
 
 class Run:
@@ -123,8 +120,8 @@ class Run:
 
     def advance(self):
         """One step -> its loss. FloatingPointError, before weights change, if it is not finite."""
-        steps = self.settings["steps"]
-        batch = training_batch(self.step, steps, self.settings["seed"])
+        steps, seed, frames = map(self.settings.get, ("steps", "seed", "frames"))
+        batch = training_batch(self.step, steps, seed, frames)
         clips, text, t, noise = (part[self.rank :: self.world].to(self.device) for part in batch)
         self.model.zero_grad()
         loss = flow_matching_loss(self.wrapped, clips, text, t, noise)
@@ -164,20 +161,20 @@ class Run:
 
     def state(self):
         """A checkpoint: what sample.py needs, and under "training" what a resume needs."""
-        config = dataclasses.asdict(self.model.config)
+        config = dict(vars(self.model.config))
         config["backend"] = "auto" if callable(config["backend"]) else config["backend"]
-        frames = sorted({stage.frames for stage in STAGES})
+        frames = self.settings.get("frames") or [stage.frames for stage in STAGES]
+        trained = {"frames": sorted({1, *frames}), "height": [shapes.SIZE], "width": [shapes.SIZE]}
+        progress = {"settings": self.settings, "step": self.step, "losses": self.losses}
         return {
             "format": sampler.FORMAT,
             "config": config,
             "weights": self.average.state_dict(),
             "vocabulary": shapes.WORDS,
-            "sampling": dataclasses.asdict(sampler.Settings()),
-            "trained": {"frames": frames, "height": [shapes.SIZE], "width": [shapes.SIZE]},
+            "sampling": vars(sampler.Settings()),
+            "trained": trained,
             "training": {
-                "settings": self.settings,
-                "step": self.step,
-                "losses": self.losses,
+                **progress,
                 "model": self.model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             },
@@ -192,8 +189,8 @@ class Run:
         if saved["step"] == theirs["steps"]:  # --steps may grow; rate and stages follow it
             theirs["steps"] = max(theirs["steps"], self.settings["steps"])
         for name, value in {**self.settings, **self.state()["config"]}.items():
-            if theirs[name] != value:
-                raise ValueError(f"the run in --out has {name} {theirs[name]}, not {value}")
+            if theirs.get(name) != value:
+                raise ValueError(f"the run in --out has {name} {theirs.get(name)}, not {value}")
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
@@ -203,20 +200,17 @@ class Run:
     def save(self, out, variant):
         """Write the checkpoint, and beside it eight sampled clips and the loss curve."""
         write_checkpoint(out, self.state())
-        specs = torch.tensor([[i % 6, i % 4, i] for i in range(8)])  # colour, shape, direction
-        captions = [shapes.caption(spec) for spec in specs]
-        settings = dataclasses.asdict(sampler.Settings(steps=24))
-        clips = sample_captions(self.average, captions, shapes.WORDS, settings)
-        frames = [sampler.to_frames(clip) for clip in clips]
+        settings = vars(sampler.Settings(frames=(self.settings.get("frames") or [16])[0], steps=24))
+        clips = sample_captions(self.average, preview.CAPTIONS, shapes.WORDS, settings)
         title = f"{variant}, step {self.step}"
-        sampler.write_clip(out.with_suffix(".gif"), preview.side_by_side(frames, captions, title))
+        page = preview.side_by_side(map(sampler.to_frames, clips), preview.CAPTIONS, title)
+        sampler.write_clip(out.with_suffix(".gif"), page)
         sampler.replace_file(out.with_suffix(".png"), preview.loss_curve(self.losses, title))
 
 
 def write_checkpoint(path, state):
     """Save a dict of tensors and numbers atomically."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(state, buffer := io.BytesIO())
     sampler.replace_file(path, buffer.getvalue())
 
 
@@ -228,15 +222,20 @@ def train(args):
         raise ValueError(f"{out} {how}")
     device = sampler.choose_device(args.device)
     if world > 1:  # torchrun
-        if str(device) not in ("cpu", "cuda") or any(stage.batch % world for stage in STAGES):
-            raise ValueError(f"{world} processes need --device cpu or cuda and must divide batches")
+        odd = args.frames or any(stage.batch % world for stage in STAGES)
+        if str(device) not in ("cpu", "cuda") or odd:
+            raise ValueError(f"{world} processes: no --frames, --device cpu or cuda, even batches")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group()
     for path in (out, Path(args.publish or out)):  # an error before the work
         path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"steps": args.steps, "seed": args.seed, "rate": args.rate}
+    settings = {name: getattr(args, name) for name in ("steps", "seed", "rate", "frames")}
     run = Run(lingen.preset("tiny", **dict(args.set)), settings, device)
+    if args.init:
+        weights = sampler.load_model(args.init, **vars(run.model.config))[0].state_dict()
+        for model in (run.model, run.average):
+            model.load_state_dict(weights)
     if args.resume:
         run.restore(sampler.load_checkpoint(out))
     variant = ", ".join(f"{name}={value}" for name, value in args.set) or "LinGen"
@@ -248,17 +247,16 @@ def train(args):
     signal.signal(signal.SIGINT, stop_after_step)
     signal.signal(signal.SIGTERM, stop_after_step)
     saved = time.monotonic()
-    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=run.rank > 0 or None)
-    while run.step < args.steps and not run.stop:
-        loss = run.advance()
-        bar.set_postfix_str(f"{run.losses[-1][0]} frames, loss {loss:.3f}", refresh=False)
-        bar.update()
-        if bar.disable and run.rank == 0 and run.step % 100 == 0:  # no terminal
-            print(f"step {run.step} of {args.steps}, loss {loss:.3f}", flush=True)
-        if time.monotonic() - saved > args.save_every and run.rank == 0:
-            run.save(out, variant)
-            saved = time.monotonic()
-    bar.close()
+    with tqdm(total=args.steps, initial=run.step, unit="step", disable=run.rank > 0 or None) as bar:
+        while run.step < args.steps and not run.stop:
+            loss = run.advance()
+            bar.set_postfix_str(f"{run.losses[-1][0]} frames, loss {loss:.3f}", refresh=False)
+            bar.update()
+            if bar.disable and run.rank == 0 and run.step % 100 == 0:  # no terminal
+                print(f"step {run.step} of {args.steps}, loss {loss:.3f}", flush=True)
+            if time.monotonic() - saved > args.save_every and run.rank == 0:
+                run.save(out, variant)
+                saved = time.monotonic()
     if run.rank:
         return 0
     run.save(out, variant)
@@ -282,8 +280,8 @@ def evaluate(path, n, seed, device):
         generator = torch.Generator().manual_seed(seed)
         specs = shapes.random_specs(n, generator, held_out_only=name == "held out")
         captions = [shapes.caption(spec) for spec in specs]
-        settings = {**saved["sampling"], "seed": seed}
-        clips = sample_captions(model, captions, saved["vocabulary"], settings, progress=True)
+        settings = {**saved["sampling"], "seed": seed, "progress": True}
+        clips = sample_captions(model, captions, saved["vocabulary"], settings)
         print(f"{name:9} {judge.report(judge.judge(clips, specs))}", flush=True)
 
 
@@ -310,6 +308,8 @@ def main():
     add("--steps", type=int, default=STEPS, help="training steps; the default takes an hour")
     add("--seed", type=int, default=0, help="random seed of weights and data")
     add("--rate", type=float, default=RATE, help="learning rate")
+    add("--init", metavar="CHECKPOINT", help="begin with its weights, not with random ones")
+    add("--frames", type=int, nargs="+", help="of clips, in turn, in place of the three stages")
     add("--set", type=setting, action="append", default=[], metavar="NAME=VALUE",
         help="field of LinGenConfig, e.g. tesa=False or scan=zigzag; may be repeated")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -319,8 +319,8 @@ def main():
     add("--evaluate", metavar="CHECKPOINT", help="judge clips of this checkpoint, and stop")
     add("--captions", type=int, default=100, help="with --evaluate: how many of each kind")
     args = parser.parse_args()
-    if min(args.steps, args.captions) < 1 or not args.out.endswith(".pt"):
-        parser.error("--steps and --captions are at least 1; --out ends in .pt")
+    if min(args.steps, args.captions, *(args.frames or ())) < 1 or not args.out.endswith(".pt"):
+        parser.error("--steps, --captions and --frames are at least 1; --out ends in .pt")
     if args.evaluate is not None:
         return evaluate(args.evaluate, args.captions, args.seed, sampler.choose_device(args.device))
     return train(args)

@@ -59,7 +59,7 @@ def module_results(make, inputs, device, dtype):
 
 
 def sampler_results(device, dtype):
-    model, checkpoint = sampler.load_model(SHIPPED, device, "torch")
+    model, checkpoint = sampler.load_model(SHIPPED, device, backend="torch")
     text = sampler.encode(["a red circle moving right"], checkpoint["vocabulary"])
     return [sampler.sample(model.to(dtype), text, (16, 24, 24), steps=4, renoise=1.0)]
 

@@ -72,12 +72,9 @@ def test_tests_keep_to_their_lines():
 
 
 def test_no_line_is_wider_than_100_columns():
-    wide = []
-    for path in tracked():
-        if path.suffix == ".py" and path.parts[0] != "benchmarks":
-            for number, line in enumerate(read(path).splitlines(), 1):
-                if len(line) > COLUMNS:
-                    wide.append(f"{path}:{number} has {len(line)} columns")
+    files = [path for path in tracked() if path.suffix == ".py" and path.parts[0] != "benchmarks"]
+    lines = [(f"{p}:{i}", line) for p in files for i, line in enumerate(read(p).split("\n"), 1)]
+    wide = [f"{place} has {len(line)} columns" for place, line in lines if len(line) > COLUMNS]
     assert not wide, "\n".join([f"{len(wide)} lines are too wide:", *wide[:20]])
     assert f"line-length = {COLUMNS}\n" in read("pyproject.toml"), "ruff allows another width"
 

@@ -401,9 +401,8 @@ def test_what_a_command_is_given_stays_to_the_bit(command, argv, given):
 @pytest.mark.parametrize("option, value", [("frames", 8), ("height", 12), ("width", 16)])
 def test_one_line_warns_of_a_size_the_model_was_not_trained_for(command, option, value):
     code, _, warned = command("a red circle", f"--{option}", value)
-    known = SETTINGS[option]
-    assert code == 0
-    assert warned == f"warning: {option} is {value}; trained on [{known}]\n"
+    said = f"warning: {option} is {value}; trained on [{SETTINGS[option]}]\n"
+    assert (code, warned) == (0, said)
 
 
 def assert_one_line(said, name, says):

@@ -16,9 +16,8 @@ def places(order, shape):
     """The place of each token in the sequence: int64 (t, h, w)."""
     T, H, W = shape
     t, y, x = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
-    if order == "zigzag":
-        return zigzag(shape)
     return {
+        "zigzag": zigzag(shape),
         "spatial-row": t * H * W + y * W + x,
         "spatial-column": t * H * W + x * H + y,
         "temporal-row": (y * W + x) * T + t,

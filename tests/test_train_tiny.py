@@ -92,6 +92,8 @@ def test_stages_follow_their_shares_and_every_eighth_step_is_on_pictures():
     assert set(frames[::8]) == {1}
     others = [f for step, f in enumerate(frames) if step % 8]
     assert others == 70 * [1] + 70 * [4] + 560 * [16]
+    in_turn = [train_tiny.stage_at(step, 800, [16, 64])[:2] for step in range(5)]
+    assert in_turn == [(1, 32), (64, 2), (16, 8), (64, 2), (16, 8)]
 
 
 def test_the_data_of_a_step_come_from_seed_and_step_alone(run):
@@ -234,6 +236,13 @@ def test_resumed_after_any_step_a_run_ends_in_the_same_bits_and_can_be_made_long
     assert [frames for frames, *_ in training["losses"]] == [1, 4, 4, 8, 8, 8, 8, 8]
 
 
+def test_a_run_begins_with_the_weights_of_init_and_goes_on_with_clips_of_frames(files, command):
+    assert command(*"--init 6.pt --rate 0 --frames 2 4 --steps 3 --out run.pt".split())[0] == 0
+    old, new = load("6.pt"), load("run.pt")
+    assert same(old["weights"], new["weights"]) and new["trained"]["frames"] == [1, 2, 4]
+    assert [frames for frames, *_ in new["training"]["losses"]] == [1, 4, 2]
+
+
 def test_set_reaches_the_config_the_checkpoint_and_the_preview(command, monkeypatch):
     titles, page = [], preview.side_by_side
     monkeypatch.setattr(preview, "side_by_side", lambda *args: titles.append(args[2]) or page())
@@ -277,8 +286,7 @@ def test_the_loss_curve_of_three_steps_is_not_empty():
 
 
 def test_a_published_checkpoint_is_small_and_sample_reads_it(command, call):
-    argv = "--out", "run.pt", "--steps", 2
-    assert command(*argv, "--publish", "new/small.pt")[0] == 0
+    assert command("--out", "run.pt", "--steps", 2, "--publish", "new/small.pt")[0] == 0
     checkpoint = sampler.load_checkpoint("new/small.pt")
     assert checkpoint["trained"] == {"frames": [1, 4, 8], "height": [24], "width": [24]}
     halves = {name: value.half() for name, value in load("run.pt")["weights"].items()}
@@ -363,23 +371,21 @@ def test_what_torchrun_cannot_share_is_refused(command, monkeypatch, world, devi
     assert code == 2 and f"{world} processes" in said and not os.listdir()
 
 
-@pytest.mark.parametrize(
-    "argv, code, says",
-    [
-        ("--steps 6 --out 6.pt", 2, "6.pt exists: give other --out or --resume"),
-        ("--steps 5 --out 6.pt --resume", 2, "steps 6, not 5"),
-        ("--steps 9 --out 3.pt --resume", 2, "steps 6, not 9"),
-        ("--steps 6 --out 6.pt --resume --set tesa=False", 2, "tesa True, not False"),
-        ("--steps 0", 2, "--steps and --captions are at least 1"),
-        ("--device tpu", 2, "the device 'tpu' is not available here"),
-        ("--out run.gif", 2, "--out"),  # the preview would overwrite it
-        (f"--evaluate {__file__}", 2, "is damaged or not a checkpoint"),
-        ("--set tesa=maybe", 2, "expected NAME=VALUE, as in tesa=True"),
-        ("--set scan=spiral", 2, "unknown order 'spiral'; expected spatial-row"),
-        ("--set ma=False --set tesa=False", 2, "keep ma or tesa"),
-        ("--set backend=mamba_ssm --steps 1", 2, "mamba_ssm"),
-    ],
-)
+@pytest.mark.parametrize("argv, code, says", [
+    ("--steps 6 --out 6.pt", 2, "6.pt exists: give other --out or --resume"),
+    ("--steps 5 --out 6.pt --resume", 2, "steps 6, not 5"),
+    ("--steps 9 --out 3.pt --resume", 2, "steps 6, not 9"),
+    ("--steps 6 --out 6.pt --resume --set tesa=False", 2, "tesa True, not False"),
+    ("--steps 0", 2, "--steps, --captions and --frames are at least 1"),
+    ("--device tpu", 2, "the device 'tpu' is not available here"),
+    ("--out run.gif", 2, "--out"),  # the preview would overwrite it
+    (f"--evaluate {__file__}", 2, "is damaged or not a checkpoint"),
+    ("--init 6.pt --set tesa=False", 2, "cannot build the model of 6.pt"),
+    ("--set tesa=maybe", 2, "expected NAME=VALUE, as in tesa=True"),
+    ("--set scan=spiral", 2, "unknown order 'spiral'; expected spatial-row"),
+    ("--set ma=False --set tesa=False", 2, "keep ma or tesa"), ("--frames 5", 2, "multiple"),
+    ("--set backend=mamba_ssm --steps 1", 2, "mamba_ssm"),
+])  # fmt: skip
 def test_a_wrong_call_gets_one_line_and_touches_no_file(files, command, argv, code, says):
     before = {path: path.read_bytes() for path in Path().iterdir()}
     got, said, warned = command(*argv.split())

@@ -4,13 +4,19 @@ import io
 import math
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
+from toy import shapes
+
+# All directions and shapes, and each colour.
+CAPTIONS = [shapes.caption(torch.tensor([i % 6, i % 4, i])) for i in range(8)]
 COLOURS = ("#888888", "#d08020", "#2060c0", "#20a060", "#a02080")
 
 
 def side_by_side(clips, captions, title, columns=4, scale=4):
     """Clips, uint8 (frames, h, w, 3) each -> one such clip, with a title, and captions below."""
+    clips = list(clips)
     frames, h, w, _ = clips[0].shape
     h, w, line = h * scale + 2, max(w * scale, 182) + 4, 14
     rows = -(-len(clips) // columns)
