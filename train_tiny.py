@@ -224,7 +224,7 @@ def train(args):
     if world > 1:  # torchrun
         odd = args.frames or any(stage.batch % world for stage in STAGES)
         if str(device) not in ("cpu", "cuda") or odd:
-            raise ValueError(f"{world} processes: no --frames, --device cpu or cuda, even batches")
+            raise ValueError(f"{world} processes share batches on cpu or cuda, without --frames")
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group()

@@ -396,6 +396,20 @@ def uses(args):
     return page.png()
 
 
+def minute(args):
+    """A clip of a minute in one picture: each column of pixels is a frame, seen from above."""
+    caption = "a red circle moving right"
+    clip = sample_clips(args, [caption], frames=1088)[0]
+    above = clip.max(1).transpose(1, 0, 2)  # (x, frames, colour)
+    page = Page(920, 4 * 84 + 34)
+    title = "each column is a frame, squeezed along its height: the place from left (top) to right"
+    page.text(10, 14, f"{caption}, 68 seconds in one pass; {title}", "lm")
+    for row in range(4):  # 17 seconds of 16 frames each
+        page.text(10, 84 * row + 66, f"{17 * row} s", "lm")
+        page.pixels(above[:, 272 * row :][:, :272], 60, 84 * row + 30, 816, 72)
+    return page.png()
+
+
 PICTURES = {
     "scan_orders": scan_orders,
     "mamba2_maps": mamba2_maps,
@@ -405,6 +419,7 @@ PICTURES = {
     "hero": hero,
     "emerging": emerging,
     "uses": uses,
+    "minute": minute,
 }
 
 
@@ -413,7 +428,7 @@ def main():
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}; default: all")
     add("--out", type=Path, help="a file, for one picture; default: assets/")
-    add("--checkpoint", default=ROOT / "assets" / "tiny.pt", help="for hero, emerging and uses")
+    add("--checkpoint", default=ROOT / "assets" / "tiny.pt", help="of the clips")
     args = parser.parse_args()
     names = args.names or list(PICTURES)
     if set(names) - set(PICTURES) or args.out and len(names) > 1:

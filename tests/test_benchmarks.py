@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_tiny
 from benchmarks import ablations, adapt, adjacency, common, cost, gpu, length
-from benchmarks import minute, parts, progress, speed, uses
+from benchmarks import minute, parts, progress, speed, starts, uses
 from docs import figures
 from lingen import Block, preset
 from scan import SCANS, places
@@ -123,6 +123,7 @@ RUNS = [
     (adjacency, "--grid 2 3 4", "adjacency.csv", 18),
     (minute, "--frames 16 --captions 1 --checkpoint CHECKPOINT", "minute.csv", 1),
     (uses, "--captions 1 --only plain inpaint loop --checkpoint CHECKPOINT", "uses.csv", 3),
+    (starts, "--seeds 2 --checkpoint CHECKPOINT", "starts.csv", 3),
 ]
 GPU = dict(tests=37, judge=2, step=2, scan=6, sample=1, train=1, cards=4, table2=6)
 RUNS += [(gpu, f"--device cpu --tiny --part {name}", f"{name}.csv", GPU[name]) for name in GPU]
@@ -150,6 +151,12 @@ def test_clips_are_judged_by_their_own_captions(monkeypatch):
 
     monkeypatch.setattr(train_tiny, "sample_captions", draw)
     assert ablations.sample_and_judge(None, 20)["strict"].all()
+
+
+def test_starts_are_counted_in_the_nine_parts_of_the_torus():
+    places = torch.tensor([[0.0, 0.0], [7.9, 7.9], [8.0, 0.0], [23.9, 23.9], [0.0, 8.0]])
+    assert starts.count_starts(places).tolist() == [2, 1, 0, 1, 0, 0, 0, 0, 1]
+    assert starts.chi_square(torch.tensor([3, 1])) == 1  # (3 - 2)^2 / 2 + (1 - 2)^2 / 2
 
 
 def test_a_process_of_its_own_gives_back_what_child_returns():

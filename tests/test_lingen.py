@@ -1,7 +1,6 @@
 """lingen.py: review tokens, MATE, the block, the denoiser, and every part taken out or swapped."""
 
 import copy
-import dataclasses
 import functools
 import itertools
 import math
@@ -296,12 +295,6 @@ def test_presets_have_their_size_and_unknown_ones_raise():
         assert low < size < high, f"{name} has {size:,} parameters"
     with pytest.raises(ValueError, match="tiny, small, 4b"):
         preset("large")
-
-
-def test_a_config_comes_back_from_a_checkpoint(tmp_path):
-    torch.save(dataclasses.asdict(config(scan="zigzag")), tmp_path / "config.pt")
-    fields = torch.load(tmp_path / "config.pt", weights_only=True)
-    assert LinGenConfig(**fields) == config(scan="zigzag")
 
 
 def test_wrong_configs_and_clips_that_patches_do_not_fill_raise():
