@@ -2,10 +2,13 @@
 
     python benchmarks/ablations.py                                   an hour a row, 21 rows
     python benchmarks/ablations.py --steps 150 --seeds 1 --captions 8            for a class
+    python benchmarks/ablations.py --init runs/short.pt --frames 16 64 256 --steps 600 --rate 2e-3
 
 Each variant changes one field of LinGenConfig. All are trained by the recipe of train_tiny.py, on
-the same data for the same seed. Measured on the mean of the weights (EMA): the loss on held-out
-combinations, and the judge's verdict on sampled clips. Rows in the CSV are not made again.
+the same data for the same seed: from random weights, or (--init) from those that a checkpoint has
+for the parts that are left. Measured on the mean of the weights (EMA), for clips of 16, 64 and 256
+frames of held-out combinations: the loss, and the judge's verdict on sampled clips: the share of
+clips with the right direction, and of frames that are right. Rows in the CSV are not made again.
 """
 
 import dataclasses
@@ -26,14 +29,19 @@ from toy import judge, shapes
 
 VARIANTS = {**common.VARIANTS, "DiT": dict(mixer="attention")}
 LENGTHS = (16, 64, 256)  # frames; the last two are longer than the recipe's clips
-VERDICT = ("direction", "lenient", "strict", "overlap", "jump")
-MEASURED = (*(f"loss_{frames}" for frames in LENGTHS), *VERDICT)
+MEASURED = [f"{name}_{frames}" for frames in LENGTHS for name in ("loss", "direction", "right")]
 
 
-def new_run(changes, steps, seed, device="cpu"):
+def new_run(changes, steps, seed, device="cpu", rate=train_tiny.RATE, frames=None, init=None):
     """The run of train_tiny.py, with some fields of the config changed."""
-    settings = {"steps": steps, "seed": seed, "rate": train_tiny.RATE}
-    return train_tiny.Run(lingen.preset("tiny", **changes), settings, torch.device(device))
+    settings = {"steps": steps, "seed": seed, "rate": rate, "frames": frames}
+    run = train_tiny.Run(lingen.preset("tiny", **changes), settings, torch.device(device))
+    if init:
+        weights, own = sampler.load_checkpoint(init)["weights"], run.model.state_dict()
+        weights = {name: value for name, value in weights.items() if name in own}
+        for model in (run.model, run.average):
+            model.load_state_dict(weights, strict=False)
+    return run
 
 
 def held_out_loss(model, frames, n=32):
@@ -59,9 +67,14 @@ def sample_and_judge(model, n, frames=16, seed=0):
 
 
 def measure(model, captions):
-    row = {f"loss_{frames}": round(held_out_loss(model, frames), 5) for frames in LENGTHS}
-    mean = judge.summary(sample_and_judge(model, captions))
-    return row | {name: round(mean[name], 3) for name in VERDICT}
+    """A row: for longer clips fewer captions, so that the number of frames is the same."""
+    row = {}
+    for frames in LENGTHS:
+        verdict = sample_and_judge(model, max(1, captions * 16 // frames), frames)
+        row[f"loss_{frames}"] = round(held_out_loss(model, frames), 5)
+        for name in ("direction", "right"):
+            row[f"{name}_{frames}"] = round(verdict[name].double().mean().item(), 3)
+    return row
 
 
 def summarise(rows, path):
@@ -84,9 +97,13 @@ def main():
     parser.add_argument("--captions", type=int, default=64, help="judged a row (default 64)")
     names = list(VARIANTS)
     parser.add_argument("--variants", nargs="+", default=names, choices=names, metavar="VARIANT")
+    parser.add_argument("--init", metavar="CHECKPOINT", help="begin with its weights")
+    parser.add_argument("--frames", type=int, nargs="+", help="as in train_tiny.py")
+    parser.add_argument("--rate", type=float, default=train_tiny.RATE, help="learning rate")
     args = common.arguments(parser)
     table = common.Table(args.out / "ablations.csv", resume=True)
-    settings = {"steps": str(args.steps), "captions": str(args.captions)}
+    how = dict(rate=args.rate, frames=args.frames, init=args.init)
+    settings = {"steps": str(args.steps), "captions": str(args.captions), "init": args.init or ""}
     if any(row[name] != value for row in table.rows for name, value in settings.items()):
         raise ValueError(f"{table.path} holds rows of other settings; give another --out")
     done = {(row["variant"], int(row["seed"])) for row in table.rows}
@@ -94,7 +111,7 @@ def main():
         for variant in args.variants:
             if (variant, seed) in done:
                 continue
-            run = new_run(VARIANTS[variant], args.steps, seed)
+            run = new_run(VARIANTS[variant], args.steps, seed, **how)
             for _ in tqdm(range(args.steps), desc=f"{variant}, {seed}", leave=False, disable=None):
                 run.advance()
             measured = measure(run.average, args.captions)

@@ -24,18 +24,18 @@ from benchmarks import common
 from toy import judge, shapes
 
 
-def sample_one(model, checkpoint, caption, frames, seed=0):
-    settings = {**checkpoint["sampling"], "frames": frames, "seed": seed}
+def sample_one(model, checkpoint, caption, frames, guidance, seed=0):
+    settings = {**checkpoint["sampling"], "frames": frames, "guidance": guidance, "seed": seed}
     settings = dataclasses.asdict(sampler.Settings(**settings))
     return train_tiny.sample_captions(model, [caption], checkpoint["vocabulary"], settings)
 
 
-def child(path, frames):
+def child(path, frames, guidance):
     """[seconds, MiB] that a clip takes, in this process."""
     model, checkpoint = sampler.load_model(path)
 
     def run():
-        sample_one(model, checkpoint, "a red circle moving right", frames)
+        sample_one(model, checkpoint, "a red circle moving right", frames, guidance)
 
     return [common.seconds(run), common.peak_mib()]
 
@@ -45,7 +45,8 @@ def main():
     shipped = str(Path(__file__).resolve().parent.parent / "assets" / "tiny.pt")
     parser.add_argument("--checkpoint", default=shipped)
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 272, 1088])
-    parser.add_argument("--captions", type=int, default=10, help="judged a length (default 10)")
+    parser.add_argument("--captions", type=int, default=10, help="judged; a third for a minute")
+    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of captions and noise")
     args = common.arguments(parser, child)
     model, checkpoint = sampler.load_model(args.checkpoint)
@@ -53,15 +54,16 @@ def main():
     specs = shapes.random_specs(args.captions, generator, held_out_only=True)
     table = common.Table(args.out / "minute.csv")
     for frames in args.frames:
-        taken, peak = common.in_fresh_process(__file__, path=args.checkpoint, frames=frames)
-        clips = []
-        for i, spec in enumerate(tqdm(specs, desc=f"{frames}", leave=False, disable=None)):
+        options = dict(frames=frames, guidance=args.guidance)
+        taken, peak = common.in_fresh_process(__file__, path=args.checkpoint, **options)
+        told, clips = specs[: args.captions if frames < 512 else -(-args.captions // 3)], []
+        for i, spec in enumerate(tqdm(told, desc=f"{frames}", leave=False, disable=None)):
             caption = shapes.caption(spec)
-            clips.append(sample_one(model, checkpoint, caption, frames, args.seed + i))
-        verdict = judge.judge(torch.cat(clips), specs)
+            clips.append(sample_one(model, checkpoint, caption, seed=args.seed + i, **options))
+        verdict = judge.judge(torch.cat(clips), told)
         seconds = judge.seconds(verdict).double().mean().item()
         table.add(frames=frames, seconds_of_film=frames // 16, seconds_to_make=round(taken, 1),
-                  peak_mib=round(peak), captions=args.captions,
+                  peak_mib=round(peak), captions=len(told),
                   frames_right=f"{100 * verdict['right'].double().mean():.1f} %",
                   seconds_right=f"{100 * seconds:.1f} %",
                   lenient=f"{100 * verdict['lenient'].double().mean():.0f} %",

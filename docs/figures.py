@@ -399,11 +399,11 @@ def uses(args):
 def minute(args):
     """A clip of a minute in one picture: each column of pixels is a frame, seen from above."""
     caption = "a red circle moving right"
-    clip = sample_clips(args, [caption], frames=1088)[0]
+    clip = sample_clips(args, [caption], frames=1088, guidance=2.0)[0]
     above = clip.max(1).transpose(1, 0, 2)  # (x, frames, colour)
     page = Page(920, 4 * 84 + 34)
-    title = "each column is a frame, squeezed along its height: the place from left (top) to right"
-    page.text(10, 14, f"{caption}, 68 seconds in one pass; {title}", "lm")
+    title = f"{caption}: 68 seconds in one pass; each column is a frame seen from above"
+    page.text(10, 14, title, "lm")
     for row in range(4):  # 17 seconds of 16 frames each
         page.text(10, 84 * row + 66, f"{17 * row} s", "lm")
         page.pixels(above[:, 272 * row :][:, :272], 60, 84 * row + 30, 816, 72)
