@@ -26,7 +26,7 @@ from toy import preview, shapes
 call = test_sample.call
 TINY = dict(vocab_size=21, d_model=32, depth=1, nheads=2, headdim=16, d_state=8, backend="torch")
 STAGES = (1, 4, 0.2), (4, 2, 0.3), (8, 2, 0.5)
-SETTINGS = dict(steps=1000, seed=0, rate=train_tiny.RATE)
+SETTINGS = dict(steps=1000, seed=0, rate=train_tiny.RATE, frames=None)
 # The real command with a small model on short clips, for subprocesses.
 SMALL = f"""
 import sys
