@@ -364,10 +364,10 @@ def test_two_processes_follow_the_curve_of_one(files, tmp_path):
         torch.testing.assert_close(two["weights"][name], value, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("world, device", [(2, "cpu:0"), (3, "cpu")])
+@pytest.mark.parametrize("world, device", [(2, "cpu:0"), (3, "cpu"), (2, "cpu --frames 16")])
 def test_what_torchrun_cannot_share_is_refused(command, monkeypatch, world, device):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    code, _, said = command("--steps", 1, "--device", device)
+    code, _, said = command("--steps", 1, "--device", *device.split())
     assert code == 2 and f"{world} processes" in said and not os.listdir()
 
 
