@@ -50,7 +50,7 @@ def stage_at(step, steps, frames=None):
         return STAGES[0]
     if frames:
         length = frames[step % len(frames)]
-        return Stage(length, max(1, 128 // length), 1 / len(frames))
+        return Stage(length, max(1, 128 // length), 1 / len(frames))  # tokens as with 16 frames
     ends = itertools.accumulate(stage.share for stage in STAGES)
     return next(stage for stage, end in zip(STAGES, ends) if step < round(end * steps))
 
@@ -99,11 +99,13 @@ class Run:
     losses: for each step (frames, loss, loss of an all-black clip).
     """
 
-    def __init__(self, config, settings, device):
+    def __init__(self, config, settings, device, weights=None):  # to begin with, as far as they fit
         torch.manual_seed(settings["seed"])
         self.settings, self.device, self.step, self.losses = settings, device, 0, []
         self.asked_to_stop = self.stop = 0.0  # a signal came: here (1), to any process (> 0)
         self.model = lingen.LinGen(config).to(device)
+        if weights is not None:
+            self.model.load_state_dict(weights, strict=False)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         matrices, others = [], []  # Muon, for the matrices that act on tokens
         for name, p in self.model.named_parameters():
@@ -203,7 +205,7 @@ class Run:
         settings = vars(sampler.Settings(frames=(self.settings.get("frames") or [16])[0], steps=24))
         clips = sample_captions(self.average, preview.CAPTIONS, shapes.WORDS, settings)
         title = f"{variant}, step {self.step}"
-        page = preview.side_by_side(map(sampler.to_frames, clips), preview.CAPTIONS, title)
+        page = preview.side_by_side(list(map(sampler.to_frames, clips)), preview.CAPTIONS, title)
         sampler.write_clip(out.with_suffix(".gif"), page)
         sampler.replace_file(out.with_suffix(".png"), preview.loss_curve(self.losses, title))
 
@@ -231,11 +233,9 @@ def train(args):
     for path in (out, Path(args.publish or out)):  # an error before the work
         path.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(args, name) for name in ("steps", "seed", "rate", "frames")}
-    run = Run(lingen.preset("tiny", **dict(args.set)), settings, device)
-    if args.init:
-        weights = sampler.load_model(args.init, **vars(run.model.config))[0].state_dict()
-        for model in (run.model, run.average):
-            model.load_state_dict(weights)
+    config = lingen.preset("tiny", **dict(args.set))
+    start = args.init and sampler.load_model(args.init, **vars(config))[0].state_dict()
+    run = Run(config, settings, device, start)
     if args.resume:
         run.restore(sampler.load_checkpoint(out))
     variant = ", ".join(f"{name}={value}" for name, value in args.set) or "LinGen"

@@ -35,13 +35,8 @@ MEASURED = [f"{name}_{frames}" for frames in LENGTHS for name in ("loss", "direc
 def new_run(changes, steps, seed, device="cpu", rate=train_tiny.RATE, frames=None, init=None):
     """The run of train_tiny.py, with some fields of the config changed."""
     settings = {"steps": steps, "seed": seed, "rate": rate, "frames": frames}
-    run = train_tiny.Run(lingen.preset("tiny", **changes), settings, torch.device(device))
-    if init:
-        weights, own = sampler.load_checkpoint(init)["weights"], run.model.state_dict()
-        weights = {name: value for name, value in weights.items() if name in own}
-        for model in (run.model, run.average):
-            model.load_state_dict(weights, strict=False)
-    return run
+    weights = init and sampler.load_checkpoint(init)["weights"]
+    return train_tiny.Run(lingen.preset("tiny", **changes), settings, torch.device(device), weights)
 
 
 def held_out_loss(model, frames, n=32):
@@ -103,7 +98,8 @@ def main():
     args = common.arguments(parser)
     table = common.Table(args.out / "ablations.csv", resume=True)
     how = dict(rate=args.rate, frames=args.frames, init=args.init)
-    settings = {"steps": str(args.steps), "captions": str(args.captions), "init": args.init or ""}
+    settings = {name: str(value) for name, value in how.items()}
+    settings |= {"steps": str(args.steps), "captions": str(args.captions)}
     if any(row[name] != value for row in table.rows for name, value in settings.items()):
         raise ValueError(f"{table.path} holds rows of other settings; give another --out")
     done = {(row["variant"], int(row["seed"])) for row in table.rows}

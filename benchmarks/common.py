@@ -28,6 +28,7 @@ VARIANTS = {
     "without MA-branch": dict(ma=False),
     "without review": dict(review=False),
 }
+SHIPPED = str(Path(__file__).resolve().parent.parent / "assets" / "tiny.pt")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 
 

@@ -123,7 +123,7 @@ def scan(add, device, tiny):
 
 def sample(add, device, tiny):
     """A clip from the shipped checkpoint, as sample.py makes it; the first one loads libraries."""
-    model, checkpoint = sampler.load_model(gpu_checks.SHIPPED, device, backend="torch")
+    model, checkpoint = sampler.load_model(common.SHIPPED, device, backend="torch")
     checkpoint["sampling"] |= dict(steps=2) if tiny else {}
     for frames in (16,) if tiny else (16, 64, 272, 1088):
         caption = "a red circle moving right"

@@ -19,7 +19,6 @@ from mamba2_ref import ssd_bidirectional, ssd_chunked, ssd_recurrent
 from tesa import TemporalSwinAttention
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = str(ROOT / "assets" / "tiny.pt")
 # How results are computed, and the error that is allowed: RMS over RMS, against the CPU's float64.
 PRECISIONS = {
     "float64": (torch.float64, "highest", 1e-5),
@@ -59,7 +58,7 @@ def module_results(make, inputs, device, dtype):
 
 
 def sampler_results(device, dtype):
-    model, checkpoint = sampler.load_model(SHIPPED, device, backend="torch")
+    model, checkpoint = sampler.load_model(common.SHIPPED, device, backend="torch")
     text = sampler.encode(["a red circle moving right"], checkpoint["vocabulary"])
     return [sampler.sample(model.to(dtype), text, (16, 24, 24), steps=4, renoise=1.0)]
 

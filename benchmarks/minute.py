@@ -42,8 +42,7 @@ def child(path, frames, guidance):
 
 def main():
     parser = common.parser_of(__doc__)
-    shipped = str(Path(__file__).resolve().parent.parent / "assets" / "tiny.pt")
-    parser.add_argument("--checkpoint", default=shipped)
+    parser.add_argument("--checkpoint", default=common.SHIPPED)
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 272, 1088])
     parser.add_argument("--captions", type=int, default=10, help="judged; a third for a minute")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free (default 2)")

@@ -34,9 +34,8 @@ def chi_square(counts):
 
 def main():
     parser = common.parser_of(__doc__)
-    shipped = str(Path(__file__).resolve().parent.parent / "assets" / "tiny.pt")
     parser.add_argument("captions", nargs="*", metavar="CAPTION", default=CAPTIONS)
-    parser.add_argument("--checkpoint", default=shipped)
+    parser.add_argument("--checkpoint", default=common.SHIPPED)
     parser.add_argument("--seeds", type=int, default=90, help="clips of a caption (default 90)")
     args = common.arguments(parser)
     model, checkpoint = sampler.load_model(args.checkpoint)

@@ -70,8 +70,7 @@ def make(model, checkpoint, use, specs, starts):
 
 def main():
     parser = common.parser_of(__doc__)
-    shipped = str(Path(__file__).resolve().parent.parent / "assets" / "tiny.pt")
-    parser.add_argument("--checkpoint", default=shipped)
+    parser.add_argument("--checkpoint", default=common.SHIPPED)
     parser.add_argument("--captions", type=int, default=100, help="judged a use (default 100)")
     parser.add_argument("--only", nargs="+", choices=USES, default=USES, help="these uses")
     parser.add_argument("--seed", type=int, default=0, help="of captions and places")

@@ -155,7 +155,6 @@ NUMBERS = ["0", "1", "4", "8", "7", "-4", "1.5", "10000"]
 CHANGES = ["tesa=False", "ma=False", "scan=zigzag", "scan=", "=", "depth=2", "depth=0", "pool=(1,)"]
 CHANGES += ["window=(4,3,3)", "d_model='wide'", "tesa=__import__('os')", "backend=torch"]
 CAPTIONS = ["a red circle", "A BLUE square!", "red blue", "purple", "", "a\0b", "\u5186 circle"]
-OFTEN = [5, 5, 1, 1, 1, 1, 1]
 COMMON = {"--out": PATHS, "--device": ["cpu", "cuda:9", "tpu"], "--nonsense": PATHS}
 SAMPLE = {**COMMON, "--checkpoint": PATHS, "--read": PATHS, "--backend": ["torch", "auto", "jax"]}
 SAMPLE |= {f"--{name}": NUMBERS for name in vars(sampler.Settings())}
@@ -178,7 +177,7 @@ def test_random_calls_end_well_or_in_one_line_and_leave_no_half_a_file(command, 
     chance, fixed = random.Random(0), ["--checkpoint", "tiny.pt", "--steps", "1"]
     for i in range(100):
         if i % 3:
-            captions = chance.choices(CAPTIONS, OFTEN, k=chance.choice([0, 1, 1, 2]))
+            captions = chance.choices(CAPTIONS, [5, 5] + 5 * [1], k=chance.choice([0, 1, 1, 2]))
             name, argv = "sample.py", [*captions, *fixed, *random_options(chance, SAMPLE)]
             code, _, said = call(sampler, *argv)
         else:

@@ -251,6 +251,7 @@ def test_set_reaches_the_config_the_checkpoint_and_the_preview(command, monkeypa
     model, checkpoint = sampler.load_model("run.pt")
     found = [checkpoint["config"][name] for name in ("tesa", "scan", "pool", "mlp_ratio")]
     assert found == [False, "zigzag", (1, 2, 2), 2.0] and model.blocks[0].mixer.tesa is None
+    assert model.config == lingen.preset("tiny", **dict(map(train_tiny.setting, argv[1::2])))
     command("--steps", 1, "--out", "plain.pt")
     named = "tesa=False, scan=zigzag, pool=(1, 2, 2), mlp_ratio=2.0, step 1"
     assert titles == [named, "LinGen, step 1"]

@@ -16,7 +16,6 @@ COLOURS = ("#888888", "#d08020", "#2060c0", "#20a060", "#a02080")
 
 def side_by_side(clips, captions, title, columns=4, scale=4):
     """Clips, uint8 (frames, h, w, 3) each -> one such clip, with a title, and captions below."""
-    clips = list(clips)
     frames, h, w, _ = clips[0].shape
     h, w, line = h * scale + 2, max(w * scale, 182) + 4, 14
     rows = -(-len(clips) // columns)
