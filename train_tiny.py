@@ -120,10 +120,10 @@ class Run:
         self.rank = int(os.environ["RANK"]) if self.world > 1 else 0
         self.wrapped = DistributedDataParallel(self.model) if self.world > 1 else self.model
 
-    def advance(self):
+    def advance(self, batch=None):  # or the recipe's own
         """One step -> its loss. FloatingPointError, before weights change, if it is not finite."""
         steps, seed, frames = map(self.settings.get, ("steps", "seed", "frames"))
-        batch = training_batch(self.step, steps, seed, frames)
+        batch = batch or training_batch(self.step, steps, seed, frames)
         clips, text, t, noise = (part[self.rank :: self.world].to(self.device) for part in batch)
         self.model.zero_grad()
         loss = flow_matching_loss(self.wrapped, clips, text, t, noise)

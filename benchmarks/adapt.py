@@ -1,11 +1,12 @@
 """Claim: LinGen adapts faster to longer clips than the DiT (fig. 10).
 
-    python benchmarks/adapt.py                               three seeds of each: hours on two cores
+    python benchmarks/adapt.py                               three seeds of each: half an hour
     python benchmarks/adapt.py --steps 100 --seeds 1         for a class
 
-Both learn clips of 16 frames, and then clips of 64. From the move on, the loss on 64 frames of
-held-out combinations is measured every few steps, on the mean of the weights. Both have a position
-table along time, made for 16 frames and stretched to 64, as the paper's models have.
+Both learn clips of 16 frames, and then clips of 64, in the small world of ablations.py. From the
+move on, the loss on 64 frames of held-out combinations is measured every few steps, on the mean of
+the weights. Both have a position table along time, made for 16 frames and stretched to 64, as the
+paper's models have.
 """
 
 import statistics
@@ -25,18 +26,18 @@ SHORT, LONG = 16, 64
 
 def losses_after_the_move(model, steps, every, seed):
     """[(step after the move, loss)] of a run: `steps` on short clips, then as many on long ones."""
-    stage = train_tiny.Stage
-    # A quarter of the planned steps on short clips. The rest is never reached, so the learning rate
-    # stays at its plateau.
-    train_tiny.STAGES = (stage(1, 112, 0.05), stage(SHORT, 28, 0.2), stage(LONG, 7, 0.75))
-    run = ablations.new_run({**MODELS[model], "grid": (SHORT // 2, 6, 6)}, 4 * steps, seed)
+    changes = {**ablations.SMALL, **MODELS[model], "grid": (SHORT // 2, 4, 4)}
+    # The last half of these steps is never reached: the learning rate stays at its plateau.
+    run = ablations.new_run(changes, 4 * steps, seed)
     losses = []
     for step in tqdm(range(2 * steps + 1), desc=f"{model}, {seed}", leave=False, disable=None):
         if step >= steps and (step - steps) % every == 0:
             loss = ablations.held_out_loss(run.average, LONG)
             losses.append((step - steps, loss))
         if step < 2 * steps:
-            run.advance()
+            frames = SHORT if step < steps else LONG
+            still = step < steps / 5 or step % train_tiny.PICTURES_EVERY == 0
+            run.advance(ablations.small_batch(1 if still else frames, seed, step))
     return losses
 
 
@@ -56,7 +57,7 @@ def draw(rows):
 
 def main():
     parser = common.parser_of(__doc__)
-    parser.add_argument("--steps", type=int, default=1000, help="before the move, and after it")
+    parser.add_argument("--steps", type=int, default=500, help="before the move, and after it")
     parser.add_argument("--every", type=int, default=50, help="steps between measurements")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     args = common.arguments(parser)

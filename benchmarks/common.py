@@ -214,7 +214,7 @@ class Table:
         tqdm.write(line)
 
 
-def plot(path, draw, panels=1):
+def plot(path, draw, panels=1, width=4.5):
     """draw(*axes) on a row of panels -> a PNG; without matplotlib a line says so."""
     try:
         import matplotlib
@@ -234,7 +234,7 @@ def plot(path, draw, panels=1):
         "legend.frameon": False,
     }
     with plt.rc_context(style):
-        size = (4.5 * panels, 3.3)
+        size = (width * panels, 3.3)
         figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
         draw(*axes[0])
         out = io.BytesIO()

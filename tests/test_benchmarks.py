@@ -150,7 +150,15 @@ def test_clips_are_judged_by_their_own_captions(monkeypatch):
         return shapes.render(specs, torch.full((len(specs), 2), 7.5), settings["frames"])
 
     monkeypatch.setattr(train_tiny, "sample_captions", draw)
-    assert ablations.sample_and_judge(None, 20)["strict"].all()
+    assert ablations.sample_and_judge(None, 20)[2]["strict"].all()
+
+
+def test_frames_that_one_path_joins_are_counted_by_hand():
+    specs = torch.tensor([[0, 0, 4]])  # up-right
+    centre = 14 + torch.arange(10)[:, None] * torch.tensor([1.0, -1.0])
+    centre[0] += 0.9  # along both axes: more than a pixel
+    centre[7:] += 3
+    assert ablations.share_on_one_path(centre[None] % 16, specs, 16).tolist() == [0.6]
 
 
 def test_starts_are_counted_in_the_nine_parts_of_the_torus():

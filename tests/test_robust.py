@@ -34,7 +34,6 @@ chance, fsync, replace = random.Random(seed), os.fsync, os.replace
 train_tiny.sample_captions = lambda *args: torch.zeros(8, 3, 1, 24, 24)
 train_tiny.Run(lingen.preset("tiny"), {"seed": 0, "rate": 0.1}, torch.device("cpu"))  # imports
 
-
 def die_at(countdown):
     def reached(file=None):
         nonlocal countdown
@@ -55,7 +54,6 @@ def die_at(countdown):
 
     os.fsync, os.replace = fsync_or_die, replace_or_die
 
-
 def train(path, *trap):
     child = os.fork()
     if child:
@@ -70,7 +68,6 @@ def train(path, *trap):
         code = train_tiny.main()
     finally:
         os._exit(code)
-
 
 begun = time.monotonic()
 assert os.waitpid(train(out.with_name("whole.pt")), 0)[1] == 0

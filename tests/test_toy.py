@@ -23,6 +23,7 @@ def test_a_tenth_is_held_out_and_training_meets_every_pair():
     trained = shapes.random_specs(5000, seeded()).unique(dim=0)
     tested = shapes.random_specs(5000, seeded(), held_out_only=True).unique(dim=0)
     assert (len(trained), len(tested)) == (173, 19)
+    assert not shapes.random_specs(99, seeded(), kinds=1)[:, 1].any()  # circles
     assert shapes.held_out(tested).all() and not shapes.held_out(trained).any()
     for pair, number in (([0, 1], 24), ([0, 2], 48), ([1, 2], 32)):
         assert len(trained[:, pair].unique(dim=0)) == number
@@ -78,8 +79,7 @@ def test_batches_depend_on_their_generator_alone():
 
 
 def test_a_thousand_drawn_clips_are_right():
-    specs = shapes.random_specs(1000, seeded())
-    starts = random_starts(1000)
+    specs, starts = shapes.random_specs(1000, seeded()), random_starts(1000)
     verdict = judge(shapes.render(specs, starts, 3), specs)
     assert all(verdict[key].all() for key in CHECKS)
     assert verdict["overlap"].min() > 0.99 and verdict["jump"].max() < 0.01

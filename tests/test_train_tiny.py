@@ -199,8 +199,7 @@ def test_the_average_follows_the_weights_with_a_memory_that_grows(run):
 
 
 def test_the_learning_rate_warms_up_stays_and_falls_to_0(run):
-    by_hand = {0: 0.02, 24: 0.5, 49: 1, 600: 1, 800: 0.5, 999: 0.0025}
-    for step, rate in by_hand.items():
+    for step, rate in {0: 0.02, 24: 0.5, 49: 1, 600: 1, 800: 0.5, 999: 0.0025}.items():
         run.step = step
         run.advance()
         rates = [optimizer.param_groups[0]["lr"] for optimizer in run.optimizers]
@@ -292,8 +291,7 @@ def test_a_published_checkpoint_is_small_and_sample_reads_it(command, call):
     assert checkpoint["trained"] == {"frames": [1, 4, 8], "height": [24], "width": [24]}
     halves = {name: value.half() for name, value in load("run.pt")["weights"].items()}
     assert same(halves, checkpoint["weights"]) and not checkpoint["training"]
-    argv = "a red circle", "--checkpoint", "new/small.pt", "--frames", 4, "--steps", 2
-    assert call(sampler, *argv)[0] == 0
+    assert call(sampler, "red", *"--checkpoint new/small.pt --frames 4 --steps 2".split())[0] == 0
     assert sampler.read_settings("clip.gif")["height"] == 24
     code, _, said = command("--resume", "--out", "new/small.pt")
     assert code == 2 and "holds no training state" in said
@@ -325,10 +323,7 @@ def test_asked_to_stop_a_run_ends_its_step_and_saves(files, command, monkeypatch
 
 
 def test_nan_stops_with_step_and_module_and_keeps_the_checkpoint(files, command, monkeypatch):
-    def poison(run):
-        run.model.blocks[0].mlp[0].weight.data[0, 0] = math.nan
-
-    before_step(monkeypatch, 3, poison)
+    before_step(monkeypatch, 3, lambda run: run.model.blocks[0].mlp[0].weight.data.fill_(math.nan))
     code, _, said = command("--steps", 6, "--save-every", 0, "--out", "run.pt")
     assert code == 1 and same(load("3.pt"), load("run.pt"))
     assert_one_line(said, "train_tiny.py", "step 3: ")

@@ -97,7 +97,7 @@ def judge(clips, specs):
     jump              pixels: the most that a step differs from the step of the direction
     lenient, strict   bool: all of the first four; also overlap >= 0.85 and jump <= 0.5
     right             (b, frames): this frame and the step that leads to it are right
-    start             (b, 2): the centre in frame 0
+    centre            (b, frames, 2) pixels; start (b, 2): the centre in frame 0
 
     In a single frame any direction is right. Where no shape is found, everything is wrong.
     """
@@ -125,7 +125,7 @@ def judge(clips, specs):
     verdict["lenient"] = torch.stack(list(verdict.values())).all(0)
     verdict["strict"] = verdict["lenient"] & right.all(1)
     worst = {"overlap": overlap.amin(1), "jump": jump.amax(1)}
-    return verdict | worst | {"right": right, "start": centre[:, 0] % size}
+    return verdict | worst | {"right": right, "centre": centre % size, "start": centre[:, 0] % size}
 
 
 def seconds(verdict, fps=16):
@@ -144,7 +144,7 @@ def interval(right, n):
 
 def summary(verdict):
     """Means over the clips, the interval of the strict share, the share of seconds right."""
-    keys = [key for key in verdict if key not in ("right", "start")]
+    keys = [key for key in verdict if verdict[key].dim() == 1]
     result = {key: verdict[key].double().mean().item() for key in keys}
     low, high = interval(int(verdict["strict"].sum()), len(verdict["strict"]))
     return result | {"low": low, "high": high, "seconds": seconds(verdict).double().mean().item()}
