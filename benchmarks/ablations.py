@@ -17,7 +17,6 @@ Measured on the mean of the weights (EMA), for 16, 64 and 256 frames of held-out
 Rows in the CSV are not made again.
 """
 
-import dataclasses
 import statistics
 import sys
 from pathlib import Path
@@ -85,8 +84,7 @@ def sample_and_judge(model, n, frames=16, seed=0, size=shapes.SIZE, kinds=4):
     generator = torch.Generator().manual_seed(30_000_001 + seed)
     specs = shapes.random_specs(n, generator, held_out_only=True, kinds=kinds)
     captions = [shapes.caption(spec) for spec in specs]
-    settings = sampler.Settings(frames=frames, height=size, width=size, seed=seed)
-    settings = dataclasses.asdict(settings)
+    settings = vars(sampler.Settings(frames=frames, height=size, width=size, seed=seed))
     clips = train_tiny.sample_captions(model, captions, shapes.WORDS, settings)
     return specs, clips, judge.judge(clips, specs)
 
@@ -117,14 +115,15 @@ def measure(model, captions):
 
 
 def summarise(rows, path):
-    """One row for each variant: mean and standard deviation over the seeds."""
+    """One row for each variant: mean and standard deviation over the seeds; shares in %."""
     table = common.Table(path)
     for variant in VARIANTS:
         own, cells = [row for row in rows if row["variant"] == variant], {}
         for name in COLUMNS if own else ():
-            values = [float(row[name]) for row in own]
+            scale, digits = (1, 3) if name.startswith("loss") else (100, 0)
+            values = [scale * float(row[name]) for row in own]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells[name] = f"{statistics.mean(values):.3f} ± {spread:.3f}"
+            cells[name] = f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
         if own:
             table.add(variant=variant, seeds=len(own), **cells)
 
