@@ -1,20 +1,20 @@
 """What each part of LinGen buys (figs. 11 and 12): trained with one part taken out, and judged.
 
-    python benchmarks/ablations.py                                  five minutes a row, 21 rows
+    python benchmarks/ablations.py                                  four minutes a row, 21 rows
     python benchmarks/ablations.py --seeds 1 --variants default "without TESA"      for a class
 
-Each variant changes one field of LinGenConfig. All are trained from random weights, on the same
-data for the same seed. So that a row takes minutes, the world is smaller than that of the toy:
-16 x 16 pixels, circles only. Training goes from pictures over 4 and 16 to 64 and 256 frames.
+Each variant changes one field of LinGenConfig. All are trained from random weights for the same
+number of steps, on the same data for the same seed. So that a row takes minutes, the world is
+smaller than that of the toy: 16 x 16 pixels, circles only. Training goes from pictures to clips of
+4, 16, 64 and 256 frames. Measured on the mean of the weights (EMA), for 16, 64 and 256 frames:
 
-Measured on the mean of the weights (EMA), for 16, 64 and 256 frames of held-out combinations:
+    loss       that of the training, on new clips, with the same times and noise for all variants
+    direction  share of sampled clips whose mean step is right to half a pixel
+    steady     share of their steps that are right to half a pixel
+    path       share of their frames on one path, see share_on_one_path
+    right      share of their frames that are right by the judge, with the step that leads to them
 
-    loss       that of the training, of the same clips, times and noise for all
-    direction  share of sampled clips with the right mean direction
-    one path   share of their frames that agree where the circle is: within a pixel of one path
-    right      share of their frames that are right by the strict judge
-
-Rows in the CSV are not made again.
+Rows in the CSV are not made again. The folder ablations/ beside it has a checkpoint of each run.
 """
 
 import statistics
@@ -35,9 +35,10 @@ from toy import judge, shapes
 
 VARIANTS = {**common.VARIANTS, "DiT": dict(mixer="attention")}
 LENGTHS = (16, 64, 256)  # frames
-WORLD = dict(size=16, kinds=1)  # pixels, shapes
-SMALL = dict(grid=(0, 4, 4), pool=(2, 2, 2))  # fields of the config
-COLUMNS = [f"{name}_{n}" for name in ("loss", "direction", "path", "right") for n in LENGTHS]
+WORLD = dict(size=16, n_shapes=1)  # pixels; circles
+SMALL = dict(grid=(0, 4, 4), pool=(2, 2, 2), window=(4, 2, 2))  # fields of the config
+SHARES = ("direction", "steady", "path", "right")
+COLUMNS = [f"{name}_{frames}" for name in ("loss", *SHARES) for frames in LENGTHS]
 
 
 def new_run(changes, steps, seed, device="cpu"):
@@ -47,101 +48,123 @@ def new_run(changes, steps, seed, device="cpu"):
 
 
 def clip_length(step, steps):
-    """Frames of the clips of a step: longer and longer, and shorter ones among them."""
+    """Frames of the clips of a step: 1, 4, 16, 64, 256, each from a part of the steps on.
+
+    Every eighth step is on pictures. From 16 frames on, the lengths reached so far take turns.
+    """
     part = step / steps
     if part < 0.1 or step % train_tiny.PICTURES_EVERY == 0:
         return 1
     if part < 0.2:
         return 4
     reached = LENGTHS[: 1 + (part >= 0.45) + (part >= 0.7)]
-    return reached[step % len(reached)]  # in turn
+    return reached[step % len(reached)]
 
 
-def small_batch(frames, seed, step):
-    """The random data of a step in the small world, as train_tiny.training_batch gives it."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + step)
-    n = max(1, 128 // max(frames, 2))  # 1,024 tokens; a clip of 256 frames has 2,048
+def small_batch(n, frames, seed):
+    """Random data of a step in the small world: clips, text (n, words), t (n,), noise."""
+    generator = torch.Generator().manual_seed(seed)
     clips, captions, _ = shapes.make_batch(n, frames, generator, **WORLD)
     t = train_tiny.draw_times(n, frames, generator)
     noise = torch.randn(clips.shape, generator=generator)
     return clips, sampler.encode(captions, shapes.WORDS), t, noise
 
 
-def held_out_loss(model, frames, n=32):
-    """The training loss on held-out combinations: the same clips, times and noise for all."""
-    generator = torch.Generator().manual_seed(20_000_003 + frames)
-    clips, captions, _ = shapes.make_batch(n, frames, generator, held_out_only=True, **WORLD)
-    t = train_tiny.draw_times(n, frames, generator)
-    noise = torch.randn(clips.shape, generator=generator)
-    parts = zip(*(x.split(4) for x in (clips, sampler.encode(captions, shapes.WORDS), t, noise)))
+def train_step(run, frames):
+    """A step on clips of so many frames: 1,024 tokens, or one clip of 256 frames (2,048)."""
+    n = max(1, 128 // max(frames, 2))
+    return run.advance(small_batch(n, frames, 1_000_003 * run.settings["seed"] + run.step))
+
+
+def loss_on_new_clips(model, frames, n=32):
+    """The training loss on clips, times and noise that are the same for all models."""
+    batch = small_batch(n, frames, seed=900_000_000 + frames)
     with torch.no_grad():
-        losses = [train_tiny.flow_matching_loss(model, *part) for part in parts]
+        losses = [
+            train_tiny.flow_matching_loss(model, *part)
+            for part in zip(*(tensor.split(4) for tensor in batch))
+        ]
     return torch.stack(losses).mean().item()
 
 
-def sample_and_judge(model, n, frames=16, seed=0, size=shapes.SIZE, kinds=4):
-    """n held-out combinations -> their specs (n, 3), a sampled clip of each, the verdict on it."""
+def sample_and_judge(model, n, frames=16, seed=0):
+    """The judge's verdict on clips of n held-out captions of the toy."""
     generator = torch.Generator().manual_seed(30_000_001 + seed)
-    specs = shapes.random_specs(n, generator, held_out_only=True, kinds=kinds)
+    specs = shapes.random_specs(n, generator, held_out_only=True)
     captions = [shapes.caption(spec) for spec in specs]
-    settings = vars(sampler.Settings(frames=frames, height=size, width=size, seed=seed))
-    clips = train_tiny.sample_captions(model, captions, shapes.WORDS, settings)
-    return specs, clips, judge.judge(clips, specs)
+    settings = vars(sampler.Settings(frames=frames, seed=seed))
+    return judge.judge(train_tiny.sample_captions(model, captions, shapes.WORDS, settings), specs)
 
 
-def share_on_one_path(centre, specs, size):
-    """The most frames that one path joins: centres (b, frames, 2), specs (b, 3) -> shares (b,).
+def small_specs(n):
+    """Specs (n, 3) of circles: each direction equally often, colours in turn, none held out."""
+    specs = torch.cartesian_prod(torch.arange(6), torch.tensor([0]), torch.arange(8))
+    by_direction = [specs[(specs[:, 2] == d) & ~shapes.held_out(specs)] for d in range(8)]
+    return torch.stack([by_direction[i % 8][(i + i // 8) % 5] for i in range(n)])
 
-    Each frame tells where its path began: at the centre, less one step for each frame before it.
-    Frames belong together if these places are at most a pixel apart.
+
+def share_on_one_path(centre, told, size):
+    """The most frames that one path joins: centres (b, frames, 2), told (b, 2) -> shares (b,).
+
+    The path goes through one of the frames by the step that is told; of all these paths the best
+    counts. A frame is on it if its centre is less than 0.9 pixels away.
     """
-    steps = torch.arange(centre.shape[1])[:, None] * shapes.STEPS[specs[:, 2]][:, None]
-    began = centre - steps  # (b, frames, 2)
+    began = centre - torch.arange(centre.shape[1])[:, None] * told[:, None]  # where the path began
     apart = shapes.wrap(began[:, :, None] - began[:, None], size).norm(dim=3)  # (b, frames, frames)
-    return (apart <= 1).double().mean(2).amax(1)
+    return (apart < 0.9).double().mean(2).amax(1)
 
 
-def measure(model, captions):
-    """COLUMNS -> numbers, and a clip of the greatest length. Of longer clips fewer are judged."""
+def shares(verdict, specs, size):
+    """SHARES of clips that the judge has seen: tensors (b,), of numbers from 0 to 1."""
+    centre, told = verdict["centre"], shapes.STEPS[specs[:, 2]]  # NaN where no shape was found
+    steps = shapes.wrap(centre.diff(dim=1), size)  # (b, frames - 1, 2)
+    return {
+        "direction": (steps.nanmean(1) - told).norm(dim=1) <= judge.JUMP,
+        "steady": ((steps - told[:, None]).norm(dim=2) <= judge.JUMP).double().mean(1),
+        "path": share_on_one_path(centre, told, size),
+        "right": verdict["right"].double().mean(1),
+    }
+
+
+def measure(model, settings, seed, captions):
+    """A row of the table: COLUMNS -> numbers. Of longer clips a third is sampled."""
     row = {}
     for frames in LENGTHS:
-        row[f"loss_{frames}"] = held_out_loss(model, frames)
-        n = max(1, round(captions * (16 / frames) ** 0.5))
-        specs, clips, verdict = sample_and_judge(model, n, frames, **WORLD)
-        verdict["path"] = share_on_one_path(verdict["centre"], specs, WORLD["size"])
-        for name in ("direction", "path", "right"):
-            row[f"{name}_{frames}"] = verdict[name].double().mean().item()
-    return {name: round(row[name], 4) for name in COLUMNS}, clips[0]
+        row[f"loss_{frames}"] = loss_on_new_clips(model, frames)
+        specs = small_specs(captions if frames == 16 else max(1, captions // 3))
+        words = [shapes.caption(spec) for spec in specs]
+        changes = {**settings, "frames": frames, "seed": 1000 * seed}
+        clips = train_tiny.sample_captions(model, words, shapes.WORDS, changes)
+        for name, values in shares(judge.judge(clips, specs), specs, WORLD["size"]).items():
+            row[f"{name}_{frames}"] = values.double().mean().item()
+    return {name: round(row[name], 4) for name in COLUMNS}, sampler.to_frames(clips[0])
 
 
 def summarise(rows, path):
-    """One row for each variant: mean and standard deviation over the seeds; shares in %."""
+    """One row for each variant: mean ± standard deviation over the seeds; shares in %."""
     table = common.Table(path)
     for variant in VARIANTS:
         own, cells = [row for row in rows if row["variant"] == variant], {}
         for name in COLUMNS if own else ():
             scale, digits = (1, 3) if name.startswith("loss") else (100, 0)
             values = [scale * float(row[name]) for row in own]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells[name] = f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+            cells[name] = f"{statistics.mean(values):.{digits}f}"
+            if len(own) > 1:
+                cells[name] += f" ± {statistics.stdev(values):.{digits}f}"
         if own:
-            table.add(variant=variant, seeds=len(own), **cells)
+            table.add(variant=variant, parameters=own[0]["parameters"], seeds=len(own), **cells)
 
 
-def clip_file(folder, variant, seed):
-    return folder / f"{variant.replace(' ', '-')}-{seed}.npy"
-
-
-def draw(files):
-    """The clip of each variant in one picture: each column of pixels is a frame, from above."""
-    clips = {name: np.load(path) for name, path in files.items()}  # (frames, y, x, 3)
-    above = [np.pad(clip.max(1).transpose(1, 0, 2), ((0, 2), (0, 0), (0, 0)), constant_values=255)
-             for clip in clips.values()]  # (x, frames, 3), and a white line  # fmt: skip
+def draw(clips):
+    """A clip (frames, y, x, 3) of each variant: each column is a frame, the brightest along y."""
 
     def panel(axis):
+        above = [clip.max(1).transpose(1, 0, 2) for clip in clips.values()]  # (x, frames, 3)
+        above = [np.pad(x, ((0, 2), (0, 0), (0, 0)), constant_values=255) for x in above]
         axis.imshow(np.concatenate(above), interpolation="nearest", aspect="auto")
-        middles = (np.arange(len(above)) + 0.5) * len(above[0]) - 1
+        middles = np.arange(len(above)) * len(above[0]) + (len(above[0]) - 3) / 2
         axis.set(xlabel="frame", yticks=middles, yticklabels=list(clips))
+        axis.set(title="a red circle moving right, seen along y")
         axis.grid(False)
 
     return panel
@@ -149,31 +172,43 @@ def draw(files):
 
 def main():
     parser = common.parser_of(__doc__)
-    parser.add_argument("--steps", type=int, default=900, help="of training (default 900)")
+    parser.add_argument("--steps", type=int, default=700, help="of training (default 700)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
-    parser.add_argument("--captions", type=int, default=24, help="judged at 16 frames (default 24)")
+    parser.add_argument("--captions", type=int, default=24, help="sampled at 16 frames")
     names = list(VARIANTS)
     parser.add_argument("--variants", nargs="+", default=names, choices=names, metavar="VARIANT")
     args = common.arguments(parser)
     table = common.Table(args.out / "ablations.csv", resume=True)
-    settings = {"steps": str(args.steps), "captions": str(args.captions)}
-    if any(row[name] != value for row in table.rows for name, value in settings.items()):
+    how = {"steps": str(args.steps), "captions": str(args.captions)}
+    if any(row.get(name) != value for row in table.rows for name, value in how.items()):
         raise ValueError(f"{table.path} holds rows of other settings; give another --out")
     done = {(row["variant"], int(row["seed"])) for row in table.rows}
+    folder, clips = args.out / "ablations", {}
+    folder.mkdir(parents=True, exist_ok=True)
+    size = WORLD["size"]
+    sampling = vars(sampler.Settings(frames=64, height=size, width=size, steps=24))
     for seed in range(args.seeds):
         for variant in args.variants:
-            if (variant, seed) in done:
-                continue
-            run = new_run({**SMALL, **VARIANTS[variant]}, args.steps, seed)
-            for step in tqdm(range(args.steps), f"{variant}, {seed}", leave=False, disable=None):
-                run.advance(small_batch(clip_length(step, args.steps), seed, step))
-            row, clip = measure(run.average, args.captions)
-            sampler.write_clip(clip_file(args.out, variant, seed), sampler.to_frames(clip))
-            table.add(variant=variant, seed=seed, **settings, **row)
+            path = folder / f"{variant.replace(' ', '-')}-{seed}.pt"
+            if (variant, seed) not in done:
+                run = new_run({**SMALL, **VARIANTS[variant]}, args.steps, seed)
+                bar = tqdm(range(args.steps), f"{variant}, {seed}", leave=False, disable=None)
+                for step in bar:
+                    train_step(run, clip_length(step, args.steps))
+                row, clip = measure(run.average, sampling, seed, args.captions)
+                trained = {"frames": [1, 4, *LENGTHS], "height": [size], "width": [size]}
+                state = {**run.state(), "training": None, "sampling": sampling, "trained": trained}
+                train_tiny.write_checkpoint(path, state)
+                sampler.write_clip(path.with_suffix(".npy"), clip)
+                count = sum(p.numel() for p in run.model.parameters())
+                table.add(variant=variant, seed=seed, **how, parameters=count, **row)
+                done.add((variant, seed))
+            if path.with_suffix(".npy").exists():
+                clips[variant] = np.load(path.with_suffix(".npy"))  # at last, that of the last seed
     print()
     summarise(table.rows, args.out / "ablations_summary.csv")
-    last = {variant: clip_file(args.out, variant, args.seeds - 1) for variant in args.variants}
-    common.plot(args.out / "ablations.png", draw(last), width=9)
+    if clips:
+        common.plot(args.out / "ablations.png", draw(clips), width=9)
 
 
 if __name__ == "__main__":

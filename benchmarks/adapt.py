@@ -32,12 +32,12 @@ def losses_after_the_move(model, steps, every, seed):
     losses = []
     for step in tqdm(range(2 * steps + 1), desc=f"{model}, {seed}", leave=False, disable=None):
         if step >= steps and (step - steps) % every == 0:
-            loss = ablations.held_out_loss(run.average, LONG)
+            loss = ablations.loss_on_new_clips(run.average, LONG)
             losses.append((step - steps, loss))
         if step < 2 * steps:
             frames = SHORT if step < steps else LONG
             still = step < steps / 5 or step % train_tiny.PICTURES_EVERY == 0
-            run.advance(ablations.small_batch(1 if still else frames, seed, step))
+            ablations.train_step(run, 1 if still else frames)
     return losses
 
 

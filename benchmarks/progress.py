@@ -44,7 +44,7 @@ def train_and_judge(add, run, every, captions):
         run.advance()
         taken += time.monotonic() - start
         if step % every == 0 or step == steps:
-            mean = judge.summary(ablations.sample_and_judge(run.average, captions)[2])
+            mean = judge.summary(ablations.sample_and_judge(run.average, captions))
             shares = {name: round(mean[name], 3) for name in (*SHARES, "overlap")}
             add(seed=seed, step=step, minutes=round(taken / 60, 2), **shares)
 

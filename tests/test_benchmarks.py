@@ -16,7 +16,7 @@ from docs import figures
 from lingen import Block, preset
 from scan import SCANS, places
 from tesa import windows
-from toy import shapes
+from toy import judge, shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -150,15 +150,26 @@ def test_clips_are_judged_by_their_own_captions(monkeypatch):
         return shapes.render(specs, torch.full((len(specs), 2), 7.5), settings["frames"])
 
     monkeypatch.setattr(train_tiny, "sample_captions", draw)
-    assert ablations.sample_and_judge(None, 20)[2]["strict"].all()
+    assert ablations.sample_and_judge(None, 20)["strict"].all()
 
 
-def test_frames_that_one_path_joins_are_counted_by_hand():
-    specs = torch.tensor([[0, 0, 4]])  # up-right
-    centre = 14 + torch.arange(10)[:, None] * torch.tensor([1.0, -1.0])
-    centre[0] += 0.9  # along both axes: more than a pixel
-    centre[7:] += 3
-    assert ablations.share_on_one_path(centre[None] % 16, specs, 16).tolist() == [0.6]
+def test_the_shares_of_clips_are_those_counted_by_hand():
+    specs = ablations.small_specs(8)
+    assert specs[:, 2].tolist() == [*range(8)] and not shapes.held_out(specs).any()
+    clips = shapes.render(specs, torch.full((8, 2), 3.3), 10, 16)
+    clips[0, :, 7:] = clips[0, :, 7:].roll(3, 2)  # three frames elsewhere
+    clips[1, :, 4] = -1  # a frame without a circle
+    clips[2] = clips[2, :, :1]  # no motion
+    found = ablations.shares(judge.judge(clips, specs), specs, 16)
+    counts = (9 * found["steady"]).round(), (10 * found["path"]).round(), found["direction"]
+    by_hand = [[8, 7, 0] + 5 * [9], [7, 9, 1] + 5 * [10], [1, 1, 0] + 5 * [1]]
+    assert [x.tolist() for x in counts] == by_hand and found["right"][3:].eq(1).all()
+
+
+def test_clips_of_the_ablations_grow_and_all_lengths_stay_among_them():
+    lengths = [ablations.clip_length(step, 800) for step in range(800)]
+    some = [set(lengths[i : i + 8]) for i in (0, 80, 160, 360, 560, 792)]
+    assert some == [{1}, {1, 4}, {1, 16}, {1, 16, 64}, {1, 16, 64, 256}, {1, 16, 64, 256}]
 
 
 def test_starts_are_counted_in_the_nine_parts_of_the_torus():

@@ -42,16 +42,13 @@ def die_at(countdown):
             if file is not None:
                 os.ftruncate(file, chance.randrange(os.fstat(file).st_size))
             os.kill(os.getpid(), signal.SIGKILL)
-
     def fsync_or_die(file):
         reached(file)
         fsync(file)
-
     def replace_or_die(part, path):
         reached()
         replace(part, path)
         reached()
-
     os.fsync, os.replace = fsync_or_die, replace_or_die
 
 def train(path, *trap):

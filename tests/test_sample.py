@@ -182,8 +182,7 @@ def test_guidance_counts_what_the_caption_adds(guidance):
     model = Stub(by_caption)
     out = sampler.sample(model, TEXT, SHAPE, text_mask=TEXT > 0, steps=2, guidance=guidance)
     for i, words in enumerate((2, 1)):
-        by_hand = torch.full((3, *SHAPE), 0.02 + guidance * 0.1 * words)
-        torch.testing.assert_close(out[i], by_hand)
+        torch.testing.assert_close(out[i], torch.full((3, *SHAPE), 0.02 + guidance * 0.1 * words))
     with_caption = [bool(mask.any()) for mask in model.masks]
     assert with_caption == ([True] * 2 if guidance == 1 else [True, False] * 2)
 
@@ -279,14 +278,14 @@ def test_a_checkpoint_in_float16_gives_back_its_model_in_float32(tmp_path):
     assert checkpoint["vocabulary"] == WORDS and len(checkpoint["sha256"]) == 64
 
 
+@dataclasses.dataclass
 class Code:
     """Pickled, it makes a folder when it is read."""
 
-    def __init__(self, path):
-        self.path = str(path)
+    path: Path
 
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return os.mkdir, (str(self.path),)
 
 
 def test_other_files_are_refused_and_code_in_them_never_runs(tmp_path):
@@ -401,8 +400,7 @@ def test_what_a_command_is_given_stays_to_the_bit(command, argv, given):
 @pytest.mark.parametrize("option, value", [("frames", 8), ("height", 12), ("width", 16)])
 def test_one_line_warns_of_a_size_the_model_was_not_trained_for(command, option, value):
     code, _, warned = command("a red circle", f"--{option}", value)
-    said = f"warning: {option} is {value}; trained on [{SETTINGS[option]}]\n"
-    assert (code, warned) == (0, said)
+    assert (code, warned) == (0, f"warning: {option} is {value}; trained on [{SETTINGS[option]}]\n")
 
 
 def assert_one_line(said, name, says):
@@ -446,8 +444,7 @@ def test_a_missing_package_says_what_to_install(tmp_path, script, name):
         (tmp_path / f"{quick}.py").write_text("")
     (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}')")
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    argv = [sys.executable, ROOT / script]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / script], env=env, capture_output=True, text=True)
     says = f"No module named {name}. Run: python -m pip install -r requirements.txt\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", says)
 

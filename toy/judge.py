@@ -97,7 +97,8 @@ def judge(clips, specs):
     jump              pixels: the most that a step differs from the step of the direction
     lenient, strict   bool: all of the first four; also overlap >= 0.85 and jump <= 0.5
     right             (b, frames): this frame and the step that leads to it are right
-    centre            (b, frames, 2) pixels; start (b, 2): the centre in frame 0
+    centre            (b, frames, 2) pixels, NaN where no shape was found
+    start             (b, 2): the centre in frame 0
 
     In a single frame any direction is right. Where no shape is found, everything is wrong.
     """
@@ -125,7 +126,9 @@ def judge(clips, specs):
     verdict["lenient"] = torch.stack(list(verdict.values())).all(0)
     verdict["strict"] = verdict["lenient"] & right.all(1)
     worst = {"overlap": overlap.amin(1), "jump": jump.amax(1)}
-    return verdict | worst | {"right": right, "centre": centre % size, "start": centre[:, 0] % size}
+    centre = centre % size
+    places = {"centre": centre.where(found[..., None], torch.nan), "start": centre[:, 0]}
+    return verdict | worst | {"right": right} | places
 
 
 def seconds(verdict, fps=16):

@@ -49,19 +49,19 @@ STEPS = torch.tensor(list(DIRECTIONS.values()))  # (8, 2)
 def held_out(specs):
     """Which full specs are kept from training: (..., 3) -> bool (...).
 
-    19 of the 192 combinations. Every pair (red circle, red going left, circle going left) occurs in
-    training; in a held-out caption only the combination of all three is new.
+    19 of the 192 combinations. Where all four shapes are trained, every pair (red circle, red going
+    left, circle going left) occurs; in a held-out caption only the combination of three is new.
     """
     colour, shape, direction = specs.unbind(-1)
     return (colour + 2 * shape + 3 * direction) % 10 == 4
 
 
-def random_specs(n, generator, held_out_only=False, kinds=4):
+def random_specs(n, generator, held_out_only=False, n_shapes=4):
     """Draw n full specs (n, 3): from the held-out combinations, or from all the others.
 
-    kinds: how many of SHAPES there are; 1 leaves only circles.
+    n_shapes: the first so many of SHAPES; 1 leaves circles.
     """
-    every = torch.cartesian_prod(*(torch.arange(size) for size in (6, kinds, 8)))
+    every = torch.cartesian_prod(*(torch.arange(size) for size in (6, n_shapes, 8)))
     allowed = every[held_out(every) == held_out_only]
     return allowed[torch.randint(len(allowed), (n,), generator=generator)]
 
@@ -135,13 +135,13 @@ def render(specs, starts, frames, size=SIZE):
     return paint * cover[:, None] - 1
 
 
-def make_batch(n, frames, generator, held_out_only=False, left_out=0.0, size=SIZE, kinds=4):
+def make_batch(n, frames, generator, held_out_only=False, left_out=0.0, size=SIZE, n_shapes=4):
     """n clips with captions: float32 (n, 3, frames, size, size), list of n str, specs (n, 3).
 
     One frame is a still picture. left_out: the share of captions that may leave words out; specs
     say what is shown, in full. All randomness comes from the (CPU) generator.
     """
-    specs = random_specs(n, generator, held_out_only, kinds)
+    specs = random_specs(n, generator, held_out_only, n_shapes)
     starts = size * torch.rand(n, 2, generator=generator)
     clips = render(specs, starts, frames, size)
     told = leave_out(specs, left_out, generator)
