@@ -99,13 +99,13 @@ class Run:
     losses: for each step (frames, loss, loss of an all-black clip).
     """
 
-    def __init__(self, config, settings, device, weights=None):  # to begin with, as far as they fit
+    def __init__(self, config, settings, device, weights=None):  # weights to begin with
         torch.manual_seed(settings["seed"])
         self.settings, self.device, self.step, self.losses = settings, device, 0, []
         self.asked_to_stop = self.stop = 0.0  # a signal came: here (1), to any process (> 0)
         self.model = lingen.LinGen(config).to(device)
         if weights is not None:
-            self.model.load_state_dict(weights, strict=False)
+            self.model.load_state_dict(weights)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         matrices, others = [], []  # Muon, for the matrices that act on tokens
         for name, p in self.model.named_parameters():

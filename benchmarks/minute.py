@@ -24,7 +24,7 @@ from benchmarks import common
 from toy import judge, shapes
 
 
-def sample_one(model, checkpoint, caption, frames, guidance, seed=0):
+def sample_one(model, checkpoint, caption, frames, guidance=2.0, seed=0):
     settings = {**checkpoint["sampling"], "frames": frames, "guidance": guidance, "seed": seed}
     settings = dataclasses.asdict(sampler.Settings(**settings))
     return train_tiny.sample_captions(model, [caption], checkpoint["vocabulary"], settings)

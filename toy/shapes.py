@@ -135,13 +135,13 @@ def render(specs, starts, frames, size=SIZE):
     return paint * cover[:, None] - 1
 
 
-def make_batch(n, frames, generator, held_out_only=False, left_out=0.0, size=SIZE, n_shapes=4):
+def make_batch(n, frames, generator, left_out=0.0, size=SIZE, n_shapes=4):
     """n clips with captions: float32 (n, 3, frames, size, size), list of n str, specs (n, 3).
 
     One frame is a still picture. left_out: the share of captions that may leave words out; specs
     say what is shown, in full. All randomness comes from the (CPU) generator.
     """
-    specs = random_specs(n, generator, held_out_only, n_shapes)
+    specs = random_specs(n, generator, n_shapes=n_shapes)
     starts = size * torch.rand(n, 2, generator=generator)
     clips = render(specs, starts, frames, size)
     told = leave_out(specs, left_out, generator)
