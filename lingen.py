@@ -51,7 +51,7 @@ class LinGenConfig:
     review: bool = True  # review tokens
     scan: str = "rotary"  # Rotary Major Scan; or one order for all layers, or "zigzag"
     pool: tuple = (2, 4, 4)  # tokens averaged into one review token
-    window: tuple = (4, 3, 3)  # tokens of one TESA window
+    window: tuple = (4, 6, 6)  # tokens of one TESA window
     # Mamba2.
     d_state: int = 32
     headdim: int = 32

@@ -40,7 +40,6 @@ STEPS = 6000
 RATE = 3e-3  # learning rate
 PICTURES_EVERY = 8  # hybrid training: every eighth step is on pictures
 NO_CAPTION = 0.05  # share of empty captions, for classifier-free guidance
-LEFT_OUT = 0.3  # share of captions that may leave out colour, shape or direction
 CLAMP = 0.4  # the smallest 1 - t in the loss, or late times would dominate
 
 
@@ -66,7 +65,7 @@ def training_batch(step, steps, seed, frames=None):
     """The random data of a step, from its arguments alone: clips, text (b, n), t, noise."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + step)
     stage = stage_at(step, steps, frames)
-    clips, captions, _ = shapes.make_batch(stage.batch, stage.frames, generator, left_out=LEFT_OUT)
+    clips, captions, _ = shapes.make_batch(stage.batch, stage.frames, generator)
     text = sampler.encode(captions, shapes.WORDS)
     text[torch.rand(len(text), generator=generator) < NO_CAPTION] = 0
     t = draw_times(len(clips), stage.frames, generator)
@@ -305,7 +304,7 @@ def main():
     parser = argparse.ArgumentParser(description="Train a tiny LinGen.", formatter_class=formatter)
     add = parser.add_argument
     add("--out", default="runs/tiny.pt", help="the checkpoint; pictures are written beside it")
-    add("--steps", type=int, default=STEPS, help="training steps; the default takes an hour")
+    add("--steps", type=int, default=STEPS, help="training steps; the default takes 46 minutes")
     add("--seed", type=int, default=0, help="random seed of weights and data")
     add("--rate", type=float, default=RATE, help="learning rate")
     add("--init", metavar="CHECKPOINT", help="begin with its weights, not with random ones")

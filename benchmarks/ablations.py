@@ -61,19 +61,25 @@ def clip_length(step, steps):
     return reached[step % len(reached)]
 
 
-def small_batch(n, frames, seed):
+def encode(specs, frames, named=True):
+    """Word numbers of captions, with or without the colour."""
+    told = specs if named else specs.index_fill(1, torch.tensor([0]), -1)
+    return sampler.encode([shapes.caption(spec, frames == 1) for spec in told], shapes.WORDS)
+
+
+def small_batch(n, frames, seed, named=True):
     """Random data of a step in the small world: clips, text (n, words), t (n,), noise."""
     generator = torch.Generator().manual_seed(seed)
-    clips, captions, _ = shapes.make_batch(n, frames, generator, **WORLD)
+    clips, _, specs = shapes.make_batch(n, frames, generator, **WORLD)
     t = train_tiny.draw_times(n, frames, generator)
     noise = torch.randn(clips.shape, generator=generator)
-    return clips, sampler.encode(captions, shapes.WORDS), t, noise
+    return clips, encode(specs, frames, named), t, noise
 
 
-def train_step(run, frames):
+def train_step(run, frames, named=True):
     """A step on clips of so many frames: 1,024 tokens, or one clip of 256 frames (2,048)."""
     n = max(1, 128 // max(frames, 2))
-    return run.advance(small_batch(n, frames, 1_000_003 * run.settings["seed"] + run.step))
+    return run.advance(small_batch(n, frames, 1_000_003 * run.settings["seed"] + run.step, named))
 
 
 def loss_on_new_clips(model, frames, n=32):
@@ -127,7 +133,7 @@ def shares(verdict, specs, size):
 
 
 def measure(model, settings, seed, captions):
-    """A row of the table: COLUMNS -> numbers. Of longer clips a third is sampled."""
+    """COLUMNS -> numbers, and a clip of the most frames. Of longer clips a third is sampled."""
     row = {}
     for frames in LENGTHS:
         row[f"loss_{frames}"] = loss_on_new_clips(model, frames)
@@ -138,6 +144,21 @@ def measure(model, settings, seed, captions):
         for name, values in shares(judge.judge(clips, specs), specs, WORLD["size"]).items():
             row[f"{name}_{frames}"] = values.double().mean().item()
     return {name: round(row[name], 4) for name in COLUMNS}, sampler.to_frames(clips[0])
+
+
+def train_and_measure(variant, seed, steps, captions, path):
+    """A row of the table. Writes a checkpoint to path, and beside it the clip as .npy."""
+    run = new_run({**SMALL, **VARIANTS[variant]}, steps, seed)
+    for step in tqdm(range(steps), f"{variant}, {seed}", leave=False, disable=None):
+        train_step(run, clip_length(step, steps))
+    size = WORLD["size"]
+    sampling = vars(sampler.Settings(frames=64, height=size, width=size, steps=24))
+    row, clip = measure(run.average, sampling, seed, captions)
+    trained = {"frames": [1, 4, *LENGTHS], "height": [size], "width": [size]}
+    state = {**run.state(), "training": None, "sampling": sampling, "trained": trained}
+    train_tiny.write_checkpoint(path, state)
+    sampler.write_clip(path.with_suffix(".npy"), clip)
+    return {"parameters": sum(p.numel() for p in run.model.parameters()), **row}
 
 
 def summarise(rows, path):
@@ -185,23 +206,12 @@ def main():
     done = {(row["variant"], int(row["seed"])) for row in table.rows}
     folder, clips = args.out / "ablations", {}
     folder.mkdir(parents=True, exist_ok=True)
-    size = WORLD["size"]
-    sampling = vars(sampler.Settings(frames=64, height=size, width=size, steps=24))
     for seed in range(args.seeds):
         for variant in args.variants:
             path = folder / f"{variant.replace(' ', '-')}-{seed}.pt"
             if (variant, seed) not in done:
-                run = new_run({**SMALL, **VARIANTS[variant]}, args.steps, seed)
-                bar = tqdm(range(args.steps), f"{variant}, {seed}", leave=False, disable=None)
-                for step in bar:
-                    train_step(run, clip_length(step, args.steps))
-                row, clip = measure(run.average, sampling, seed, args.captions)
-                trained = {"frames": [1, 4, *LENGTHS], "height": [size], "width": [size]}
-                state = {**run.state(), "training": None, "sampling": sampling, "trained": trained}
-                train_tiny.write_checkpoint(path, state)
-                sampler.write_clip(path.with_suffix(".npy"), clip)
-                count = sum(p.numel() for p in run.model.parameters())
-                table.add(variant=variant, seed=seed, **how, parameters=count, **row)
+                row = train_and_measure(variant, seed, args.steps, args.captions, path)
+                table.add(variant=variant, seed=seed, **how, **row)
                 done.add((variant, seed))
             if path.with_suffix(".npy").exists():
                 clips[variant] = np.load(path.with_suffix(".npy"))  # at last, that of the last seed

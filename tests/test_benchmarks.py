@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_tiny
-from benchmarks import ablations, adapt, adjacency, common, cost, gpu, length
+from benchmarks import ablations, adapt, adjacency, agree, common, cost, gpu, ideal, length
 from benchmarks import minute, parts, progress, speed, starts, uses
 from docs import figures
 from lingen import Block, preset
@@ -116,6 +116,7 @@ def test_adjacency_equals_a_count_by_hand():
 
 RUNS = [
     (ablations, "--steps 1 --captions 1 --seeds 1 --variants DiT", "ablations_summary.csv", 1),
+    (agree, "--steps 1 --captions 1 --seeds 1 --frames 4 --variants DiT", "agree.csv", 1),
     (adapt, "--steps 2 --every 1 --seeds 1", "adapt.csv", 3),
     (progress, "--steps 2 --every 1 --seeds 1 --captions 1", "progress.csv", 2),
     (parts, "--seconds 1 --rounds 2", "parts_tiny.csv", 6),
@@ -123,6 +124,7 @@ RUNS = [
     (adjacency, "--grid 2 3 4", "adjacency.csv", 18),
     (minute, "--frames 16 --captions 1 --checkpoint CHECKPOINT", "minute.csv", 1),
     (uses, "--captions 1 --only plain inpaint loop --checkpoint CHECKPOINT", "uses.csv", 3),
+    (ideal, "--frames 2 4 --times 0.1 --clips 2 --checkpoint CHECKPOINT", "ideal.csv", 2),
     (starts, "--seeds 2 --checkpoint CHECKPOINT", "starts.csv", 3),
 ]
 GPU = dict(tests=37, judge=2, step=2, scan=6, sample=1, train=1, cards=4, table2=6)
@@ -170,6 +172,18 @@ def test_clips_of_the_ablations_grow_and_all_lengths_stay_among_them():
     lengths = [ablations.clip_length(step, 800) for step in range(800)]
     some = [set(lengths[i : i + 8]) for i in (0, 80, 160, 360, 560, 792)]
     assert some == [{1}, {1, 4}, {1, 16}, {1, 16, 64}, {1, 16, 64, 256}, {1, 16, 64, 256}]
+
+
+def test_the_best_denoiser_returns_the_mean_of_all_clips_by_how_well_they_fit(monkeypatch):
+    monkeypatch.setattr(ideal, "PARTS", 1)  # starts at whole pixels: 576 clips
+    spec, t = torch.tensor([[3, 2, 5]]), 0.1
+    starts = torch.cartesian_prod(torch.arange(24.0), torch.arange(24.0))
+    every = shapes.render(spec.expand(576, 3), starts, 3).double()
+    noisy = torch.randn(every[:1].shape, generator=torch.Generator().manual_seed(0)).double()
+    noisy = noisy.lerp(every[100:101], t)
+    weights = (-(noisy - t * every).square().sum((1, 2, 3, 4)) / (1 - t) ** 2 / 2).softmax(0)
+    best = ideal.posterior_mean(noisy, spec, t)[0]  # several starts count
+    assert weights.max() < 0.8 and torch.allclose(best, torch.tensordot(weights, every, 1))
 
 
 def test_starts_are_counted_in_the_nine_parts_of_the_torus():

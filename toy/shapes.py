@@ -66,13 +66,6 @@ def random_specs(n, generator, held_out_only=False, n_shapes=4):
     return allowed[torch.randint(len(allowed), (n,), generator=generator)]
 
 
-def leave_out(specs, chance, generator):
-    """Set some entries to -1: with this chance a spec is picked, then each entry is a coin toss."""
-    picked = torch.rand(len(specs), 1, generator=generator) < chance
-    tails = torch.rand(specs.shape, generator=generator) < 0.5
-    return specs.masked_fill(picked & tails, -1)
-
-
 def caption(spec, still=False):
     """Spec (3,) -> its caption; a still picture has no words of motion."""
     colour, shape, direction = spec.tolist()
@@ -135,14 +128,12 @@ def render(specs, starts, frames, size=SIZE):
     return paint * cover[:, None] - 1
 
 
-def make_batch(n, frames, generator, left_out=0.0, size=SIZE, n_shapes=4):
+def make_batch(n, frames, generator, size=SIZE, n_shapes=4):
     """n clips with captions: float32 (n, 3, frames, size, size), list of n str, specs (n, 3).
 
-    One frame is a still picture. left_out: the share of captions that may leave words out; specs
-    say what is shown, in full. All randomness comes from the (CPU) generator.
+    One frame is a still picture. All randomness comes from the (CPU) generator.
     """
     specs = random_specs(n, generator, n_shapes=n_shapes)
     starts = size * torch.rand(n, 2, generator=generator)
     clips = render(specs, starts, frames, size)
-    told = leave_out(specs, left_out, generator)
-    return clips, [caption(spec, still=frames == 1) for spec in told], specs
+    return clips, [caption(spec, still=frames == 1) for spec in specs], specs

@@ -1,0 +1,73 @@
+"""What keeps a long clip of one colour? The MA-branch, or review tokens (fig. 12)?
+
+    python benchmarks/agree.py                                    three variants, three seeds
+    python benchmarks/agree.py --seeds 1 --variants default "without review"
+
+A task of long range: captions do not name the colour, so all frames of a clip have to agree on one,
+although each begins with noise of its own. Training is that of ablations.py, in its small world,
+with clips of up to 256 frames. Then clips are sampled, longer ones, too.
+
+    agree   of the frames that show a shape: the share of the most frequent colour
+    found   share of the frames that show a shape
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from tqdm import tqdm
+
+import sample as sampler
+from benchmarks import ablations, common
+from toy import judge
+
+VARIANTS = ("default", "without review", "without MA-branch")
+
+
+def agreement(clip):
+    """A clip (3, frames, h, w) -> (agree, found)."""
+    parts = clip.transpose(0, 1).split(256)
+    colour = torch.cat([judge.read_frames(part)[0] for part in parts])  # -1: no shape is found
+    count = torch.bincount(colour + 1, minlength=7)[1:]
+    return (count.max() / count.sum().clamp(min=1)).item(), (count.sum() / len(colour)).item()
+
+
+def train_and_measure(variant, seed, steps, captions, lengths):
+    """The numbers of a row, with a new model. Of clips beyond 1000 frames a third is sampled."""
+    changes = {**ablations.SMALL, **ablations.VARIANTS[variant]}
+    run, row = ablations.new_run(changes, steps, seed), {}
+    for step in tqdm(range(steps), f"{variant}, {seed}", leave=False, disable=None):
+        ablations.train_step(run, ablations.clip_length(step, steps), named=False)
+    how = dict(steps=24, schedule="shifted", shift=8.0, renoise=1.0)
+    for frames in lengths:
+        specs = ablations.small_specs(captions if frames < 1000 else -(-captions // 3))
+        size, found = (frames, *2 * [ablations.WORLD["size"]]), []
+        for i, text in enumerate(ablations.encode(specs, frames, named=False)):
+            clip = sampler.sample(run.average, text[None], size, seed=1000 * seed + i, **how)[0]
+            found.append(agreement(clip))
+        for name, values in zip(("agree", "found"), zip(*found)):
+            row[f"{name}_{frames}"] = round(statistics.mean(values), 3)
+    return row
+
+
+def main():
+    parser = common.parser_of(__doc__)
+    parser.add_argument("--steps", type=int, default=500, help="of training (default 500)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
+    parser.add_argument("--captions", type=int, default=6, help="sampled (default 6)")
+    parser.add_argument("--frames", type=int, nargs="+", default=[64, 256, 1024])
+    names = list(ablations.VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=names, metavar="VARIANT")
+    args = common.arguments(parser)
+    table = common.Table(args.out / "agree.csv")
+    for seed in range(args.seeds):
+        for variant in args.variants:
+            row = train_and_measure(variant, seed, args.steps, args.captions, args.frames)
+            table.add(variant=variant, seed=seed, steps=args.steps, **row)
+
+
+if __name__ == "__main__":
+    common.run(__file__, main)
