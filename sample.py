@@ -375,7 +375,7 @@ def main():
     end.add_argument("--loop", action="store_true", help="with --extend: a cycle (toy: 24 frames)")
     add("--mask", metavar="FILE", help="with --inpaint: white in its first frame is resampled")
     add("--box", type=box, metavar="X0,Y0,X1,Y1", help="with --inpaint: resample inside this box")
-    add("--strength", type=float, default=0.8, help="with --edit: 0 keeps the clip, 1 ignores it")
+    add("--strength", type=float, default=0.5, help="with --edit: 0 keeps the clip, 1 ignores it")
     add("--device", help="an accelerator if there is one, else cpu")
     add("--backend", choices=mamba2_ref.BACKENDS, help="of the Mamba2 scan")
     add("--read", metavar="CLIP", help="print the settings inside a clip, and stop")

@@ -1,11 +1,12 @@
 """Claim: one sampler has five uses. The judge's verdict on clips of which a part was given.
 
     python benchmarks/uses.py                                the shipped checkpoint, 100 captions
-    python benchmarks/uses.py --captions 16 --only image "edit 0.8"
+    python benchmarks/uses.py --captions 16 --only image "edit 0.5"
 
 Held-out captions, and ideal clips of the toy world. A use gives the sampler a part of such a clip,
 and the whole result is judged: attributes, one object, form, no step off by half a pixel, also
-where given and made parts meet. Edits have captions with a new colour and shape (seen ones).
+where given and made parts meet. Edits have captions with a new colour and shape (seen ones), and
+near says how many start within 3 pixels of the given clip.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import sample as sampler
 from benchmarks import common
 from toy import judge, shapes
 
-STRENGTHS = (0.6, 0.7, 0.8, 0.9, 0.95)
+STRENGTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 USES = ["plain", "fewer words", "image", "extend", "extend before", "inpaint", "loop"]
 USES += [f"edit {strength}" for strength in STRENGTHS]
 
@@ -86,7 +87,9 @@ def main():
         mean = judge.summary(verdict)
         keys = ("lenient", "steady", "strict", "colour", "shape", "direction")
         shares = {key: round(100 * mean[key]) for key in keys}
-        table.add(use=use, captions=len(specs), **shares,
+        apart = shapes.wrap(verdict["start"] - starts).norm(dim=1)  # the made start, the given one
+        near = round(100 * (apart < 3).double().mean().item()) if use.startswith("edit") else None
+        table.add(use=use, captions=len(specs), **shares, near=near,
                   overlap=round(mean["overlap"], 2), jump=round(mean["jump"], 2))  # fmt: skip
 
 
