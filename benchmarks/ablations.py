@@ -37,6 +37,7 @@ VARIANTS = {**common.VARIANTS, "DiT": dict(mixer="attention")}
 LENGTHS = (16, 64, 256)  # frames
 WORLD = dict(size=16, n_shapes=1)  # pixels; circles
 SMALL = dict(grid=(0, 4, 4), pool=(2, 2, 2), window=(4, 2, 2))  # fields of the config
+SAMPLING = vars(sampler.Settings(frames=64, height=16, width=16, steps=24))
 SHARES = ("direction", "steady", "path", "right")
 COLUMNS = [f"{name}_{frames}" for name in ("loss", *SHARES) for frames in LENGTHS]
 
@@ -61,25 +62,33 @@ def clip_length(step, steps):
     return reached[step % len(reached)]
 
 
-def encode(specs, frames, named=True):
-    """Word numbers of captions, with or without the colour."""
-    told = specs if named else specs.index_fill(1, torch.tensor([0]), -1)
-    return sampler.encode([shapes.caption(spec, frames == 1) for spec in told], shapes.WORDS)
+def without_colour(text):
+    """Word numbers (b, n) with padding in place of the words of colour, which come first."""
+    return text.masked_fill(text <= len(shapes.COLOURS), 0)
 
 
-def small_batch(n, frames, seed, named=True):
+def small_batch(n, frames, seed):
     """Random data of a step in the small world: clips, text (n, words), t (n,), noise."""
     generator = torch.Generator().manual_seed(seed)
-    clips, _, specs = shapes.make_batch(n, frames, generator, **WORLD)
+    clips, captions, _ = shapes.make_batch(n, frames, generator, **WORLD)
     t = train_tiny.draw_times(n, frames, generator)
     noise = torch.randn(clips.shape, generator=generator)
-    return clips, encode(specs, frames, named), t, noise
+    return clips, sampler.encode(captions, shapes.WORDS), t, noise
 
 
 def train_step(run, frames, named=True):
     """A step on clips of so many frames: 1,024 tokens, or one clip of 256 frames (2,048)."""
     n = max(1, 128 // max(frames, 2))
-    return run.advance(small_batch(n, frames, 1_000_003 * run.settings["seed"] + run.step, named))
+    clips, text, *rest = small_batch(n, frames, 1_000_003 * run.settings["seed"] + run.step)
+    return run.advance((clips, text if named else without_colour(text), *rest))
+
+
+def train(variant, seed, steps, named=True):
+    """A finished run of a variant. named: captions name the colour."""
+    run = new_run({**SMALL, **VARIANTS[variant]}, steps, seed)
+    for step in tqdm(range(steps), f"{variant}, {seed}", leave=False, disable=None):
+        train_step(run, clip_length(step, steps), named)
+    return run
 
 
 def loss_on_new_clips(model, frames, n=32):
@@ -132,14 +141,14 @@ def shares(verdict, specs, size):
     }
 
 
-def measure(model, settings, seed, captions):
+def measure(model, seed, captions):
     """COLUMNS -> numbers, and a clip of the most frames. Of longer clips a third is sampled."""
     row = {}
     for frames in LENGTHS:
         row[f"loss_{frames}"] = loss_on_new_clips(model, frames)
         specs = small_specs(captions if frames == 16 else max(1, captions // 3))
         words = [shapes.caption(spec) for spec in specs]
-        changes = {**settings, "frames": frames, "seed": 1000 * seed}
+        changes = {**SAMPLING, "frames": frames, "seed": 1000 * seed}
         clips = train_tiny.sample_captions(model, words, shapes.WORDS, changes)
         for name, values in shares(judge.judge(clips, specs), specs, WORLD["size"]).items():
             row[f"{name}_{frames}"] = values.double().mean().item()
@@ -148,14 +157,10 @@ def measure(model, settings, seed, captions):
 
 def train_and_measure(variant, seed, steps, captions, path):
     """A row of the table. Writes a checkpoint to path, and beside it the clip as .npy."""
-    run = new_run({**SMALL, **VARIANTS[variant]}, steps, seed)
-    for step in tqdm(range(steps), f"{variant}, {seed}", leave=False, disable=None):
-        train_step(run, clip_length(step, steps))
-    size = WORLD["size"]
-    sampling = vars(sampler.Settings(frames=64, height=size, width=size, steps=24))
-    row, clip = measure(run.average, sampling, seed, captions)
-    trained = {"frames": [1, 4, *LENGTHS], "height": [size], "width": [size]}
-    state = {**run.state(), "training": None, "sampling": sampling, "trained": trained}
+    run = train(variant, seed, steps)
+    row, clip = measure(run.average, seed, captions)
+    trained = {"frames": [1, 4, *LENGTHS], "height": [WORLD["size"]], "width": [WORLD["size"]]}
+    state = {**run.state(), "training": None, "sampling": SAMPLING, "trained": trained}
     train_tiny.write_checkpoint(path, state)
     sampler.write_clip(path.with_suffix(".npy"), clip)
     return {"parameters": sum(p.numel() for p in run.model.parameters()), **row}

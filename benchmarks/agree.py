@@ -18,11 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from tqdm import tqdm
 
 import sample as sampler
 from benchmarks import ablations, common
-from toy import judge
+from toy import judge, shapes
 
 VARIANTS = ("default", "without review", "without MA-branch")
 
@@ -37,18 +36,18 @@ def agreement(clip):
 
 def train_and_measure(variant, seed, steps, captions, lengths):
     """The numbers of a row, with a new model. Of clips beyond 1000 frames a third is sampled."""
-    changes = {**ablations.SMALL, **ablations.VARIANTS[variant]}
-    run, row = ablations.new_run(changes, steps, seed), {}
-    for step in tqdm(range(steps), f"{variant}, {seed}", leave=False, disable=None):
-        ablations.train_step(run, ablations.clip_length(step, steps), named=False)
-    how = dict(steps=24, schedule="shifted", shift=8.0, renoise=1.0)
+    model = ablations.train(variant, seed, steps, named=False).average
+    how = {name: ablations.SAMPLING[name] for name in ("steps", "schedule", "shift", "renoise")}
+    row, size = {}, ablations.WORLD["size"]
     for frames in lengths:
         specs = ablations.small_specs(captions if frames < 1000 else -(-captions // 3))
-        size, found = (frames, *2 * [ablations.WORLD["size"]]), []
-        for i, text in enumerate(ablations.encode(specs, frames, named=False)):
-            clip = sampler.sample(run.average, text[None], size, seed=1000 * seed + i, **how)[0]
-            found.append(agreement(clip))
-        for name, values in zip(("agree", "found"), zip(*found)):
+        told = sampler.encode([shapes.caption(spec) for spec in specs], shapes.WORDS)
+        pairs = []
+        for i, text in enumerate(ablations.without_colour(told)):
+            how["seed"] = 1000 * seed + i
+            clip = sampler.sample(model, text[None], (frames, size, size), **how)[0]
+            pairs.append(agreement(clip))
+        for name, values in zip(("agree", "found"), zip(*pairs)):
             row[f"{name}_{frames}"] = round(statistics.mean(values), 3)
     return row
 

@@ -24,15 +24,6 @@ from toy import shapes
 PARTS = 16  # starts are tried at sixteenths of a pixel
 
 
-def roll_frames(clips, specs, sign):
-    """Move frame f of clips (b, c, frames, y, x) by sign * f steps of the direction."""
-    moved = torch.empty_like(clips)
-    for i, (x, y) in enumerate(shapes.STEPS[specs[:, 2]].tolist()):
-        for f in range(clips.shape[2]):
-            moved[i, :, f] = clips[i, :, f].roll((sign * f * y, sign * f * x), (1, 2))
-    return moved
-
-
 def first_frames(spec):
     """Frame 0 of a spec (3,) from every start within a pixel: (PARTS * PARTS, 3, y, x)."""
     offsets = torch.arange(PARTS) / PARTS
@@ -43,7 +34,7 @@ def first_frames(spec):
 def posterior_mean(clips, specs, t):
     """The mean clean clip, given noisy clips (b, 3, frames, y, x), full specs (b, 3), and t."""
     frames = clips.shape[2]
-    mean = roll_frames(clips, specs, -1).double().mean(2)  # (b, 3, y, x): t * frame 0 + noise
+    mean = shapes.move(clips, specs[:, 2], -1).double().mean(2)  # (b, 3, y, x): t * frame 0 + noise
     out = torch.empty_like(mean)
     for i, spec in enumerate(specs):
         drawn = first_frames(spec).double()  # (parts, 3, y, x)
@@ -54,7 +45,7 @@ def posterior_mean(clips, specs, t):
         weights = (-apart * frames / (1 - t) ** 2 / 2).flatten().softmax(0).view(match.shape)
         spread = torch.fft.rfft2(weights)[:, None] * template  # each frame 0 at each start
         out[i] = torch.fft.irfft2(spread.sum(0), size)
-    return roll_frames(out[:, :, None].to(clips.dtype).expand_as(clips), specs, 1)
+    return shapes.move(out[:, :, None].to(clips.dtype).expand_as(clips), specs[:, 2])
 
 
 def errors(models, frames, t, n, seed=0):

@@ -113,19 +113,24 @@ def draw_shapes(centre, size=SIZE):
     return (0.5 - distance).clamp(0, 1)
 
 
+def move(clips, direction, sign=1):
+    """Move frame f of clips (b, c, frames, h, w) by sign * f steps of its direction (b,)."""
+    b, _, frames, height, width = clips.shape
+    clip, frame = torch.arange(b).view(-1, 1, 1, 1), torch.arange(frames).view(1, -1, 1, 1)
+    x, y = (sign * frame * STEPS[direction][:, None, None]).split(1, 3)  # (b, frames, 1, 1) each
+    rows = (torch.arange(height)[:, None] - y) % height  # (b, frames, h, 1)
+    columns = (torch.arange(width) - x) % width  # (b, frames, 1, w)
+    return clips[clip, :, frame, rows, columns].movedim(4, 1)
+
+
 def render(specs, starts, frames, size=SIZE):
     """Draw clips: full specs (b, 3), starts (b, 2) -> (b, 3, frames, size, size) in [-1, 1]."""
     b = len(specs)
     colour, shape, direction = specs.unbind(-1)
     first = draw_shapes(starts, size)[torch.arange(b), shape]  # (b, h, w)
     # Steps are whole pixels, so every later frame is the first one rolled.
-    moved = torch.arange(frames)[None, :, None] * STEPS[direction][:, None]  # (b, frames, 2)
-    rows = (torch.arange(size) - moved[..., 1:]) % size  # (b, frames, h)
-    columns = (torch.arange(size) - moved[..., :1]) % size  # (b, frames, w)
-    clip = torch.arange(b)[:, None, None, None]
-    cover = first[clip, rows[..., None], columns[:, :, None]]  # (b, frames, h, w)
-    paint = 2 * RGB[colour].view(b, 3, 1, 1, 1)
-    return paint * cover[:, None] - 1
+    cover = move(first[:, None, None].expand(-1, -1, frames, -1, -1), direction)
+    return 2 * RGB[colour].view(b, 3, 1, 1, 1) * cover - 1
 
 
 def make_batch(n, frames, generator, size=SIZE, n_shapes=4):
