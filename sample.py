@@ -163,9 +163,8 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
         with torch.set_grad_enabled(given is not None):
             x.requires_grad_(given is not None)
             x1 = denoise(x, t, text_mask)  # the clean clip
-            if guidance != 1:
-                without = denoise(x, t, no_words)
-                x1 = without + guidance * (x1 - without)
+            if guidance != 1:  # from the clip of no caption towards this one, and beyond
+                x1 = denoise(x, t, no_words).lerp(x1, guidance)
             if given is not None:
                 wrong = (x1 - known).square().where(given, 0).sum()
                 x1 = x1 - torch.autograd.grad(wrong, x)[0]  # down the slope of the error
@@ -221,9 +220,11 @@ def load_model(path, device="cpu", **changes):  # of fields of the config
     saved = load_checkpoint(path)
     try:
         Settings(**saved["sampling"])
-        config = lingen.LinGenConfig(**saved["config"] | changes)
         with torch.device("meta"):  # takes no memory before the weights are known to fit
-            model = lingen.LinGen(config)
+            model = lingen.LinGen(lingen.LinGenConfig(**saved["config"] | changes))
+        for axis, new in model.positions.items():  # stretched to a new size; a new table is zero
+            table = saved["weights"].get(f"positions.{axis}", torch.zeros(1, new.shape[1]))
+            saved["weights"][f"positions.{axis}"] = lingen.position_table(table.float(), len(new))
         model.load_state_dict(saved["weights"], assign=True)
     except Exception as error:
         raise ValueError(f"cannot build the model of {path}: {error}") from None
@@ -408,8 +409,7 @@ def main():
             name = f"{i:03d}-" + re.sub(r"\W+", "-", caption)[:60]
             path = path.parent / path.stem / (name + (path.suffix or ".gif"))
         path.parent.mkdir(parents=True, exist_ok=True)  # an error before the work
-        options = {**settings, **given, "progress": True}
-        clip = sample_captions(model, [caption], vocabulary, options)[0]
+        clip = sample_captions(model, [caption], vocabulary, settings, **given, progress=True)[0]
         note = {**settings, "caption": caption, "checkpoint": checkpoint["sha256"]}
         note |= {"command": sys.argv[1:]} if given else {}
         write_clip(path, to_frames(clip)[: settings["frames"]], settings["fps"], note)

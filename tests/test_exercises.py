@@ -87,8 +87,7 @@ def test_6_without_review_tokens():
     model.pool = None  # the same weights without an overview
     without = heard()
     assert with_review[0] == pytest.approx(without[0].item(), rel=0.2)
-    assert with_review[32] > 1e3 * without[32] and with_review[63] > 0.01
-    assert without[63] < 1e-9
+    assert with_review[32] > 1e3 * without[32] and with_review[63] > 0.01 and without[63] < 1e-9
 
 
 def test_7_where_the_dit_overtakes():

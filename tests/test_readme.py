@@ -163,5 +163,4 @@ def test_the_script_of_the_notebook_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(ROOT / "docs")
     runpy.run_path("tour.py")
-    assert len(shown) == 8
-    assert "% right of 2" in capsys.readouterr().out
+    assert len(shown) == 8 and "% right of 2" in capsys.readouterr().out

@@ -229,8 +229,7 @@ def test_the_given_part_is_noised_at_every_step_and_exact_at_the_end(renoise):
 
     options = dict(known=known, mask=mask, steps=6, renoise=renoise)
     out = sampler.sample(Stub(look), TEXT[:1], SHAPE, **options)
-    assert torch.equal(out, known.where(mask[:, None], torch.tensor(0.25)))
-    assert len(noises) == 6
+    assert torch.equal(out, known.where(mask[:, None], torch.tensor(0.25))) and len(noises) == 6
     alike = [torch.corrcoef(torch.stack([noises[0], noise]))[0, 1] for noise in noises[1:]]
     assert min(alike) > 0.999 if not renoise else max(alike) < 0.5
     with pytest.raises(ValueError, match=r"known is \(1, 3, 2, 4, 4\); expected"):
@@ -268,7 +267,7 @@ def test_clips_are_clamped_latents_are_not_and_nan_is_an_error():
         sampler.sample(knows(math.nan), TEXT, SHAPE)
 
 
-def test_a_checkpoint_in_float16_gives_back_its_model_in_float32(tmp_path):
+def test_a_checkpoint_in_float16_gives_back_its_model_also_with_other_position_tables(tmp_path):
     saved = make_checkpoint()
     torch.save(saved, tmp_path / "tiny.pt")
     model, checkpoint = sampler.load_model(tmp_path / "tiny.pt")
@@ -276,6 +275,9 @@ def test_a_checkpoint_in_float16_gives_back_its_model_in_float32(tmp_path):
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float32 and value.equal(saved["weights"][name].float())
     assert checkpoint["vocabulary"] == WORDS and len(checkpoint["sha256"]) == 64
+    tables = sampler.load_model(tmp_path / "tiny.pt", grid=(4, 11, 6))[0].positions
+    assert tables["h"][::2].equal(model.positions["h"])  # stretched
+    assert len(tables["t"]) == 4 and not tables["t"].any()  # new
 
 
 @dataclasses.dataclass
