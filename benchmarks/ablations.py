@@ -33,7 +33,11 @@ import train_tiny
 from benchmarks import common
 from toy import judge, shapes
 
-VARIANTS = {**common.VARIANTS, "DiT": dict(mixer="attention")}
+VARIANTS = {
+    **common.VARIANTS,
+    "with a time table": dict(grid=(128, 4, 4)),  # positions along time, for up to 256 frames
+    "DiT": dict(mixer="attention"),
+}
 LENGTHS = (16, 64, 256)  # frames
 WORLD = dict(size=16, n_shapes=1)  # pixels; circles
 SMALL = dict(grid=(0, 4, 4), pool=(2, 2, 2), window=(4, 2, 2))  # fields of the config
@@ -166,19 +170,20 @@ def train_and_measure(variant, seed, steps, captions, path):
     return {"parameters": sum(p.numel() for p in run.model.parameters()), **row}
 
 
-def summarise(rows, path):
+def summarise(rows, path, columns=COLUMNS):
     """One row for each variant: mean ± standard deviation over the seeds; shares in %."""
     table = common.Table(path)
     for variant in VARIANTS:
         own, cells = [row for row in rows if row["variant"] == variant], {}
-        for name in COLUMNS if own else ():
+        for name in columns if own else ():
             scale, digits = (1, 3) if name.startswith("loss") else (100, 0)
             values = [scale * float(row[name]) for row in own]
             cells[name] = f"{statistics.mean(values):.{digits}f}"
             if len(own) > 1:
                 cells[name] += f" ± {statistics.stdev(values):.{digits}f}"
         if own:
-            table.add(variant=variant, parameters=own[0]["parameters"], seeds=len(own), **cells)
+            size = {name: own[0][name] for name in ["parameters"] if name in own[0]}
+            table.add(variant=variant, **size, seeds=len(own), **cells)
 
 
 def draw(clips):

@@ -1,7 +1,7 @@
 """What keeps a long clip of one colour? The MA-branch, or review tokens (fig. 12)?
 
     python benchmarks/agree.py                                    three variants, three seeds
-    python benchmarks/agree.py --seeds 1 --variants default "without review"
+    python benchmarks/agree.py --seeds 6 --variants default "without review"
 
 A task of long range: captions do not name the colour, so all frames of a clip have to agree on one,
 although each begins with noise of its own. Training is that of ablations.py, in its small world,
@@ -9,6 +9,8 @@ with clips of up to 256 frames. Then clips are sampled, longer ones, too.
 
     agree   of the frames that show a shape: the share of the most frequent colour
     found   share of the frames that show a shape
+
+Rows in the CSV are not made again; agree_summary.csv has the means.
 """
 
 import statistics
@@ -61,11 +63,18 @@ def main():
     names = list(ablations.VARIANTS)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=names, metavar="VARIANT")
     args = common.arguments(parser)
-    table = common.Table(args.out / "agree.csv")
+    table = common.Table(args.out / "agree.csv", resume=True)
+    if any(row["steps"] != str(args.steps) for row in table.rows):
+        raise ValueError(f"{table.path} holds rows of other settings; give another --out")
+    done = {(row["variant"], int(row["seed"])) for row in table.rows}
     for seed in range(args.seeds):
         for variant in args.variants:
-            row = train_and_measure(variant, seed, args.steps, args.captions, args.frames)
-            table.add(variant=variant, seed=seed, steps=args.steps, **row)
+            if (variant, seed) not in done:
+                row = train_and_measure(variant, seed, args.steps, args.captions, args.frames)
+                table.add(variant=variant, seed=seed, steps=args.steps, **row)
+    print()
+    columns = [f"{name}_{frames}" for frames in args.frames for name in ("agree", "found")]
+    ablations.summarise(table.rows, args.out / "agree_summary.csv", columns)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def test_adjacency_equals_a_count_by_hand():
 
 RUNS = [
     (ablations, "--steps 1 --captions 1 --seeds 1 --variants DiT", "ablations_summary.csv", 1),
-    (agree, "--steps 1 --captions 1 --seeds 1 --frames 4 --variants DiT", "agree.csv", 1),
+    (agree, "--steps 1 --captions 1 --seeds 1 --frames 4 --variants DiT", "agree_summary.csv", 1),
     (adapt, "--steps 2 --every 1 --seeds 1", "adapt.csv", 3),
     (progress, "--steps 2 --every 1 --seeds 1 --captions 1", "progress.csv", 2),
     (parts, "--seconds 1 --rounds 2", "parts_tiny.csv", 6),
