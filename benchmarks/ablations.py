@@ -33,11 +33,7 @@ import train_tiny
 from benchmarks import common
 from toy import judge, shapes
 
-VARIANTS = {
-    **common.VARIANTS,
-    "with a time table": dict(grid=(128, 4, 4)),  # positions along time, for up to 256 frames
-    "DiT": dict(mixer="attention"),
-}
+VARIANTS = {**common.VARIANTS, "DiT": dict(mixer="attention")}
 LENGTHS = (16, 64, 256)  # frames
 WORLD = dict(size=16, n_shapes=1)  # pixels; circles
 SMALL = dict(grid=(0, 4, 4), pool=(2, 2, 2), window=(4, 2, 2))  # fields of the config
