@@ -1,7 +1,7 @@
 """What keeps a long clip of one colour? The MA-branch, or review tokens (fig. 12)?
 
     python benchmarks/agree.py                                    three variants, three seeds
-    python benchmarks/agree.py --seeds 6 --variants default "without review"
+    python benchmarks/agree.py --seeds 5 --variants default "without review"
 
 A task of long range: captions do not name the colour, so all frames of a clip have to agree on one,
 although each begins with noise of its own. Training is that of ablations.py, in its small world,
