@@ -305,7 +305,7 @@ def test_other_files_are_refused_and_code_in_them_never_runs(tmp_path):
 
 @pytest.mark.parametrize("part, name, value", [
     ("config", "d_model", 2**20),  # would have 13 trillion parameters
-    ("config", "unknown", 1), ("sampling", "unknown", 3),
+    ("config", "unknown", 1), ("config", "grid", (4, 6, 6)), ("sampling", "unknown", 3),
     ("weights", "patch_in.bias", torch.zeros(3)), ("weights", "one_more", torch.zeros(1)),
 ])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path, part, name, value):
