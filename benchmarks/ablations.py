@@ -178,8 +178,8 @@ def summarise(rows, path, columns=COLUMNS):
             if len(own) > 1:
                 cells[name] += f" ± {statistics.stdev(values):.{digits}f}"
         if own:
-            size = {name: own[0][name] for name in ["parameters"] if name in own[0]}
-            table.add(variant=variant, **size, seeds=len(own), **cells)
+            same = {name: own[0][name] for name in own[0] if name not in ("seed", *columns)}
+            table.add(**same, seeds=len(own), **cells)
 
 
 def draw(clips):
@@ -205,20 +205,16 @@ def main():
     names = list(VARIANTS)
     parser.add_argument("--variants", nargs="+", default=names, choices=names, metavar="VARIANT")
     args = common.arguments(parser)
-    table = common.Table(args.out / "ablations.csv", resume=True)
-    how = {"steps": str(args.steps), "captions": str(args.captions)}
-    if any(row.get(name) != value for row in table.rows for name, value in how.items()):
-        raise ValueError(f"{table.path} holds rows of other settings; give another --out")
-    done = {(row["variant"], int(row["seed"])) for row in table.rows}
+    how = {"steps": args.steps, "captions": args.captions}
+    table = common.Table(args.out / "ablations.csv", resume=True, **how)
     folder, clips = args.out / "ablations", {}
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         for variant in args.variants:
             path = folder / f"{variant.replace(' ', '-')}-{seed}.pt"
-            if (variant, seed) not in done:
+            if not table.find(variant=variant, seed=seed):
                 row = train_and_measure(variant, seed, args.steps, args.captions, path)
                 table.add(variant=variant, seed=seed, **how, **row)
-                done.add((variant, seed))
             if path.with_suffix(".npy").exists():
                 clips[variant] = np.load(path.with_suffix(".npy"))  # at last, that of the last seed
     print()

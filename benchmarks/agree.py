@@ -63,15 +63,14 @@ def main():
     names = list(ablations.VARIANTS)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=names, metavar="VARIANT")
     args = common.arguments(parser)
-    table = common.Table(args.out / "agree.csv", resume=True)
-    if any(row["steps"] != str(args.steps) for row in table.rows):
-        raise ValueError(f"{table.path} holds rows of other settings; give another --out")
-    done = {(row["variant"], int(row["seed"])) for row in table.rows}
+    how = {"steps": args.steps, "captions": args.captions}
+    how["frames"] = " ".join(map(str, args.frames))
+    table = common.Table(args.out / "agree.csv", resume=True, **how)
     for seed in range(args.seeds):
         for variant in args.variants:
-            if (variant, seed) not in done:
+            if not table.find(variant=variant, seed=seed):
                 row = train_and_measure(variant, seed, args.steps, args.captions, args.frames)
-                table.add(variant=variant, seed=seed, steps=args.steps, **row)
+                table.add(variant=variant, seed=seed, **how, **row)
     print()
     columns = [f"{name}_{frames}" for frames in args.frames for name in ("agree", "found")]
     ablations.summarise(table.rows, args.out / "agree_summary.csv", columns)

@@ -184,15 +184,22 @@ def arguments(parser, child=None):
 class Table:
     """Rows that are printed and written to a CSV as they come, so that Ctrl-C keeps them.
 
-    resume: begin with the rows that stand in the file.
+    resume: begin with the rows that stand in the file. ValueError if one has other settings.
     """
 
-    def __init__(self, path, resume=False):
+    def __init__(self, path, resume=False, **settings):
         self.path, self.rows, self.widths = Path(path), [], None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume and self.path.exists():
             with open(self.path, newline="") as file:
                 self.rows = list(csv.DictReader(file))
+        if len(self.find(**settings)) < len(self.rows):
+            raise ValueError(f"{self.path} holds rows of other settings; give another --out")
+
+    def find(self, **values):
+        """The rows with these values."""
+        pairs = [(name, str(value)) for name, value in values.items()]
+        return [row for row in self.rows if all(row.get(name) == value for name, value in pairs)]
 
     def add(self, **row):
         cells = {name: "" if value is None else str(value) for name, value in row.items()}

@@ -86,12 +86,13 @@ def test_the_counter_sees_the_products_counted_by_hand(change):
     assert 1 <= ratio < 1.2 if scans else ratio == 1
 
 
-def test_committed_operations_are_those_of_the_code():
+def test_committed_operations_are_those_of_the_code_and_rows_of_other_settings_are_refused():
     row = common.Table(ROOT / "benchmarks/results/cost.csv", resume=True).rows[0]
     configs = [preset("4b", **change) for change in cost.MODELS.values()]
     shape = common.clip_shape(configs[0], int(row["seconds"]), int(row["pixels"]))
     counts = [round(cost.operations(config, shape) / 1e12, 1) for config in configs]
     assert counts == [float(row["lingen_tflop"]), float(row["dit_tflop"])]
+    pytest.raises(ValueError, common.Table, ROOT / "benchmarks/results/cost.csv", True, pixels=256)
 
 
 def test_adjacency_equals_a_count_by_hand():
