@@ -215,16 +215,13 @@ def load_checkpoint(path):
     return {**checkpoint, "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def load_model(path, device="cpu", **changes):  # of the config (a new grid stretches its tables)
+def load_model(path, device="cpu", **changes):  # of fields of the config
     """A checkpoint -> (float32 model in eval mode, checkpoint). ValueError if they do not fit."""
     saved = load_checkpoint(path)
     try:
         Settings(**saved["sampling"])
         with torch.device("meta"):  # takes no memory before the weights are known to fit
             model = lingen.LinGen(lingen.LinGenConfig(**saved["config"] | changes))
-        for axis, new in model.positions.items() if "grid" in changes else ():  # a new one: zeros
-            table = saved["weights"].get(f"positions.{axis}", torch.zeros(1, new.shape[1]))
-            saved["weights"][f"positions.{axis}"] = lingen.position_table(table.float(), len(new))
         model.load_state_dict(saved["weights"], assign=True)
     except Exception as error:
         raise ValueError(f"cannot build the model of {path}: {error}") from None

@@ -40,6 +40,7 @@ STEPS = 6000
 RATE = 3e-3  # learning rate
 PICTURES_EVERY = 8  # hybrid training: every eighth step is on pictures
 NO_CAPTION = 0.05  # share of empty captions, for classifier-free guidance
+LONG = dict(steps=100, shift=16.0)  # sampling after --frames: stretches of a clip have to agree
 CLAMP = 0.4  # the smallest 1 - t in the loss, or late times would dominate
 
 
@@ -172,7 +173,7 @@ class Run:
             "config": config,
             "weights": self.average.state_dict(),
             "vocabulary": shapes.WORDS,
-            "sampling": vars(sampler.Settings()),
+            "sampling": vars(sampler.Settings(**(LONG if self.settings.get("frames") else {}))),
             "trained": trained,
             "training": {
                 **progress,

@@ -4,12 +4,11 @@
     python benchmarks/minute.py --checkpoint runs/tiny.pt --captions 32 --frames 64 272
 
 For each length: time and peak memory of one clip, in a process of its own; then the judge's verdict
-on held-out captions. A frame is right if it and the step to it are, a second if all its 16 frames
-are, a film if all frames are (strict). The noise of all pixels of all frames is independent, and a
-clip is made in one pass.
+on held-out captions. A clip is made in one pass, with the checkpoint's own settings; the noise of
+all pixels of all frames is independent. A frame is right if it and the step to it are, a second if
+all its 16 frames are, a film if all frames are (strict).
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -24,18 +23,17 @@ from benchmarks import common
 from toy import judge, shapes
 
 
-def sample_one(model, checkpoint, caption, frames, guidance=2.0, seed=0):
-    settings = {**checkpoint["sampling"], "frames": frames, "guidance": guidance, "seed": seed}
-    settings = dataclasses.asdict(sampler.Settings(**settings))
+def sample_one(model, checkpoint, caption, frames, seed=0):
+    settings = {**checkpoint["sampling"], "frames": frames, "seed": seed}
     return train_tiny.sample_captions(model, [caption], checkpoint["vocabulary"], settings)
 
 
-def child(path, frames, guidance):
+def child(path, frames):
     """[seconds, MiB] that a clip takes, in this process."""
     model, checkpoint = sampler.load_model(path)
 
     def run():
-        sample_one(model, checkpoint, "a red circle moving right", frames, guidance)
+        sample_one(model, checkpoint, "a red circle moving right", frames)
 
     return [common.seconds(run), common.peak_mib()]
 
@@ -45,7 +43,6 @@ def main():
     parser.add_argument("--checkpoint", default=common.SHIPPED)
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 272, 1088])
     parser.add_argument("--captions", type=int, default=10, help="judged; a third for a minute")
-    parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free (default 2)")
     parser.add_argument("--seed", type=int, default=0, help="of captions and noise")
     args = common.arguments(parser, child)
     model, checkpoint = sampler.load_model(args.checkpoint)
@@ -53,12 +50,11 @@ def main():
     specs = shapes.random_specs(args.captions, generator, held_out_only=True)
     table = common.Table(args.out / "minute.csv")
     for frames in args.frames:
-        options = dict(frames=frames, guidance=args.guidance)
-        taken, peak = common.in_fresh_process(__file__, path=args.checkpoint, **options)
+        taken, peak = common.in_fresh_process(__file__, path=args.checkpoint, frames=frames)
         told, clips = specs[: args.captions if frames < 512 else -(-args.captions // 3)], []
         for i, spec in enumerate(tqdm(told, desc=f"{frames}", leave=False, disable=None)):
             caption = shapes.caption(spec)
-            clips.append(sample_one(model, checkpoint, caption, seed=args.seed + i, **options))
+            clips.append(sample_one(model, checkpoint, caption, frames, args.seed + i))
         verdict = judge.judge(torch.cat(clips), told)
         seconds = judge.seconds(verdict).double().mean().item()
         table.add(frames=frames, seconds_of_film=frames // 16, seconds_to_make=round(taken, 1),

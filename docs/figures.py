@@ -399,7 +399,7 @@ def uses(args):
 def minute(args):
     """A clip of a minute in one picture: each column of pixels is a frame, seen from above."""
     caption = "a red circle moving right"
-    clip = sample_clips(args, [caption], frames=1088, guidance=2.0)[0]
+    clip = sample_clips(args, [caption], frames=1088)[0]
     above = clip.max(1).transpose(1, 0, 2)  # (x, frames, colour)
     page = Page(920, 4 * 84 + 34)
     title = f"{caption}: 68 seconds in one pass; each column is a frame seen from above"

@@ -267,7 +267,7 @@ def test_clips_are_clamped_latents_are_not_and_nan_is_an_error():
         sampler.sample(knows(math.nan), TEXT, SHAPE)
 
 
-def test_a_checkpoint_in_float16_gives_back_its_model_also_with_other_position_tables(tmp_path):
+def test_a_checkpoint_in_float16_gives_back_its_model_in_float32(tmp_path):
     saved = make_checkpoint()
     torch.save(saved, tmp_path / "tiny.pt")
     model, checkpoint = sampler.load_model(tmp_path / "tiny.pt")
@@ -275,9 +275,6 @@ def test_a_checkpoint_in_float16_gives_back_its_model_also_with_other_position_t
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float32 and value.equal(saved["weights"][name].float())
     assert checkpoint["vocabulary"] == WORDS and len(checkpoint["sha256"]) == 64
-    tables = sampler.load_model(tmp_path / "tiny.pt", grid=(4, 11, 6))[0].positions
-    assert tables["h"][::2].equal(model.positions["h"])  # stretched
-    assert len(tables["t"]) == 4 and not tables["t"].any()  # new
 
 
 @dataclasses.dataclass
