@@ -215,7 +215,7 @@ def load_checkpoint(path):
     return {**checkpoint, "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def load_model(path, device="cpu", **changes):  # of fields of the config
+def load_model(path, device="cpu", **changes):  # fields of the config
     """A checkpoint -> (float32 model in eval mode, checkpoint). ValueError if they do not fit."""
     saved = load_checkpoint(path)
     try:

@@ -40,7 +40,7 @@ STEPS = 6000
 RATE = 3e-3  # learning rate
 PICTURES_EVERY = 8  # hybrid training: every eighth step is on pictures
 NO_CAPTION = 0.05  # share of empty captions, for classifier-free guidance
-LONG = dict(steps=100, shift=16.0)  # sampling after --frames: stretches of a clip have to agree
+LONG = dict(steps=100, shift=16.0)  # sampling beyond 16 frames: stretches have to agree
 CLAMP = 0.4  # the smallest 1 - t in the loss, or late times would dominate
 
 
@@ -173,7 +173,7 @@ class Run:
             "config": config,
             "weights": self.average.state_dict(),
             "vocabulary": shapes.WORDS,
-            "sampling": vars(sampler.Settings(**(LONG if self.settings.get("frames") else {}))),
+            "sampling": vars(sampler.Settings(**(LONG if max(frames) > 16 else {}))),
             "trained": trained,
             "training": {
                 **progress,
