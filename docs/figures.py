@@ -373,7 +373,7 @@ def uses(args):
         ("--extend --before", circle, 24, frames >= 8, {}),
         ("--extend --loop", circle, 28, (frames < 4) | (frames >= 24), {}),
         ("--inpaint --box 6,6,18,18", circle, 16, ~inside.expand(28, -1, -1), {}),
-        ("--edit --strength 0.5", square, 16, None, dict(strength=0.5)),
+        ("--edit --guidance 2", square, 16, None, dict(strength=0.5, guidance=2.0)),
     ]
     page = Page(220 + 40 * 14, 46 * len(rows) + 30)
     title = "every second frame; outlined frames are given; the outlined box is resampled"
