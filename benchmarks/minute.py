@@ -1,7 +1,7 @@
 """Claim: a minute of video. Time, memory, and how much of it is right, from 16 frames to 1088.
 
     python benchmarks/minute.py                                  the shipped checkpoint, 10 captions
-    python benchmarks/minute.py --checkpoint runs/tiny.pt --captions 32 --frames 64 272
+    python benchmarks/minute.py --checkpoint runs/long.pt --captions 32 --frames 64 272
 
 For each length: time and peak memory of one clip, in a process of its own; then the judge's verdict
 on held-out captions. A clip is made in one pass, with the checkpoint's own settings; the noise of

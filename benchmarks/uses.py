@@ -9,7 +9,6 @@ where given and made parts meet. Edits have captions with a new colour and shape
 guidance 2; near says how many start within 3 pixels of the given clip.
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -57,8 +56,7 @@ def make(model, checkpoint, use, specs, starts):
     for i in range(0, len(specs), 16):
         options, shown = given_part(use, specs[i : i + 16], starts[i : i + 16])
         frames = options["known"].shape[2] if options else 16
-        settings = {**checkpoint["sampling"], "frames": frames, "seed": i}
-        settings = dataclasses.asdict(sampler.Settings(**settings)) | options
+        settings = {**checkpoint["sampling"], "frames": frames, "seed": i, **options}
         captions = [shapes.caption(spec) for spec in shown]
         made = sampler.sample_captions(model, captions, checkpoint["vocabulary"], settings)
         if "mask" in options:

@@ -9,7 +9,6 @@ carries a meaning, so does a shape, a width or a shade, for prints in grey.
 """
 
 import argparse
-import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -326,8 +325,7 @@ def examples(args):
 
 def sample_clips(args, captions, **options):
     model, checkpoint = sampler.load_model(args.checkpoint)
-    settings = dataclasses.asdict(sampler.Settings(**checkpoint["sampling"]))
-    settings |= dict(progress=True, **options)
+    settings = {**checkpoint["sampling"], "progress": True, **options}
     clips = sampler.sample_captions(model, captions, checkpoint["vocabulary"], settings)
     return [sampler.to_frames(clip) for clip in clips]
 
