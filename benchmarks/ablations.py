@@ -1,7 +1,7 @@
 """What each part of LinGen buys (figs. 11 and 12): trained with one part taken out, and judged.
 
-    python benchmarks/ablations.py                                  four minutes a row, 21 rows
-    python benchmarks/ablations.py --seeds 1 --variants default "without TESA"      for a class
+    python benchmarks/ablations.py                                  ten minutes a row, 21 rows
+    python benchmarks/ablations.py --steps 700 --seeds 1 --variants default "without RMS"
 
 Each variant changes one field of LinGenConfig. All are trained from random weights for the same
 number of steps, on the same data for the same seed. So that a row takes minutes, the world is
@@ -36,7 +36,8 @@ from toy import judge, shapes
 VARIANTS = {**common.VARIANTS, "DiT": dict(mixer="attention")}
 LENGTHS = (16, 64, 256)  # frames
 WORLD = dict(size=16, n_shapes=1)  # pixels; circles
-SMALL = dict(grid=(0, 4, 4), pool=(2, 2, 2), window=(4, 2, 2))  # fields of the config
+SMALL = dict(grid=(0, 4, 4), pool=(2, 2, 2), window=(4, 4, 4))  # fields of the config
+NARROW = (4, 2, 2)  # a window of half the picture's width: adapt.py, agree.py
 SAMPLING = vars(sampler.Settings(frames=64, height=16, width=16, steps=24))
 SHARES = ("direction", "steady", "path", "right")
 COLUMNS = [f"{name}_{frames}" for name in ("loss", *SHARES) for frames in LENGTHS]
@@ -83,9 +84,9 @@ def train_step(run, frames, named=True):
     return run.advance((clips, text if named else without_colour(text), *rest))
 
 
-def train(variant, seed, steps, named=True):
-    """A finished run of a variant. named: captions name the colour."""
-    run = new_run({**SMALL, **VARIANTS[variant]}, steps, seed)
+def train(variant, seed, steps, named=True, **changes):
+    """A finished run of a variant. named: captions name the colour. changes: of the config."""
+    run = new_run({**SMALL, **VARIANTS[variant], **changes}, steps, seed)
     for step in tqdm(range(steps), f"{variant}, {seed}", leave=False, disable=None):
         train_step(run, clip_length(step, steps), named)
     return run
@@ -199,7 +200,7 @@ def draw(clips):
 
 def main():
     parser = common.parser_of(__doc__)
-    parser.add_argument("--steps", type=int, default=700, help="of training (default 700)")
+    parser.add_argument("--steps", type=int, default=1400, help="of training (default 1400)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--captions", type=int, default=24, help="sampled at 16 frames")
     names = list(VARIANTS)

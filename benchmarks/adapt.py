@@ -7,7 +7,8 @@ Both learn pictures and clips of 16 frames, and then clips of 64, in the small w
 ablations.py. From the move on, the loss on new clips of 64 frames is measured every few steps, on
 the mean of the weights. The fall of a model is the part, in %, of its own gain until the last step.
 Both have a position table along time, made for 16 frames and stretched to 64, as the paper's models
-have. The DiT also has RoPE over the whole clip, LinGen only inside the windows.
+have. The DiT also has RoPE over the whole clip, LinGen only inside the windows. These hold half the
+picture's width.
 """
 
 import statistics
@@ -27,7 +28,8 @@ SHORT, LONG = 16, 64
 
 def losses_after_the_move(model, steps, every, seed):
     """[(step after the move, loss)] of a run: `steps` on short clips, then as many on long ones."""
-    changes = {**ablations.SMALL, **MODELS[model], "grid": (SHORT // 2, 4, 4)}
+    sizes = dict(grid=(SHORT // 2, 4, 4), window=ablations.NARROW)
+    changes = {**ablations.SMALL, **MODELS[model], **sizes}
     # The last half of these steps is never reached: the learning rate stays at its plateau.
     run = ablations.new_run(changes, 4 * steps, seed)
     losses = []

@@ -5,7 +5,8 @@
 
 A task of long range: captions do not name the colour, so all frames of a clip have to agree on one,
 although each begins with noise of its own. Training is that of ablations.py, in its small world,
-with clips of up to 256 frames. Then clips are sampled, longer ones, too.
+with clips of up to 256 frames. Windows hold half the picture's width, so that little passes from
+window to window. Then clips are sampled, longer ones, too.
 
     agree   of the frames that show a shape: the share of the most frequent colour
     found   share of the frames that show a shape
@@ -38,7 +39,7 @@ def agreement(clip):
 
 def train_and_measure(variant, seed, steps, captions, lengths):
     """The numbers of a row, with a new model. Of clips beyond 1000 frames a third is sampled."""
-    model = ablations.train(variant, seed, steps, named=False).average
+    model = ablations.train(variant, seed, steps, False, window=ablations.NARROW).average
     how = {name: ablations.SAMPLING[name] for name in ("steps", "schedule", "shift", "renoise")}
     row, size = {}, ablations.WORLD["size"]
     for frames in lengths:
