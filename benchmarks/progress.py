@@ -1,6 +1,7 @@
 """How right the clips are over the time of training, for several seeds.
 
     python benchmarks/progress.py                         three default runs, three hours
+    python benchmarks/progress.py --steps 1600 --every 400               an hour on one core
     python benchmarks/progress.py --steps 200 --seeds 1 --every 50 --captions 8          for a class
 
 Judged are clips of held-out captions, sampled from the mean of the weights (EMA). The time is that
@@ -31,7 +32,7 @@ def draw(rows):
                 shares = [100 * float(row[name]) for row in own]
                 axis.plot(minutes, shares, color=colour, label=name if seed == "0" else None)
         axis.set(xlabel="minutes of training", ylabel="% of clips right", ylim=(0, 103))
-        axis.legend()
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)  # above the lines
 
     return panel
 
