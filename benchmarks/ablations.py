@@ -1,12 +1,13 @@
-"""What each part of LinGen buys (figs. 11 and 12): trained with one part taken out, and judged.
+"""What each part of LinGen adds (figs. 11 and 12): trained with one part taken out, and judged.
 
-    python benchmarks/ablations.py                                  ten minutes a row, 21 rows
+    python benchmarks/ablations.py                                  ten minutes a row, 24 rows
     python benchmarks/ablations.py --steps 700 --seeds 1 --variants default "without RMS"
 
 Each variant changes one field of LinGenConfig. All are trained from random weights for the same
 number of steps, on the same data for the same seed. So that a row takes minutes, the world is
-smaller than that of the toy: 16 x 16 pixels, circles only. Training goes from pictures to clips of
-4, 16, 64 and 256 frames. Measured on the mean of the weights (EMA), for 16, 64 and 256 frames:
+smaller than that of the toy: 16 x 16 pixels, circles only. A TESA window has 8 frames of the whole
+picture; one variant has 32. Training goes from pictures to clips of 4, 16, 64 and 256 frames.
+Measured on the mean of the weights (EMA), for 16, 64 and 256 frames:
 
     loss       that of the training, on new clips, with the same times and noise for all variants
     direction  share of sampled clips whose mean step is right to half a pixel
@@ -33,7 +34,8 @@ import train_tiny
 from benchmarks import common
 from toy import judge, shapes
 
-VARIANTS = {**common.VARIANTS, "DiT": dict(mixer="attention")}
+VARIANTS = {**common.VARIANTS, "windows of 32 frames": dict(window=(16, 4, 4))}
+VARIANTS["DiT"] = dict(mixer="attention")
 LENGTHS = (16, 64, 256)  # frames
 WORLD = dict(size=16, n_shapes=1)  # pixels; circles
 SMALL = dict(grid=(0, 4, 4), pool=(2, 2, 2), window=(4, 4, 4))  # fields of the config

@@ -5,8 +5,8 @@
 
 A task of long range: captions do not name the colour, so all frames of a clip have to agree on one,
 although each begins with noise of its own. Training is that of ablations.py, in its small world,
-with clips of up to 256 frames. Windows hold half the picture's width, so that little passes from
-window to window. Then clips are sampled, longer ones, too.
+with clips of up to 256 frames and windows of half the picture's width. Then clips are sampled,
+longer ones, too.
 
     agree   of the frames that show a shape: the share of the most frequent colour
     found   share of the frames that show a shape

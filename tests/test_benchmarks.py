@@ -73,7 +73,7 @@ def products_by_hand(config, shape, words):
 
 @pytest.mark.parametrize("change", list(ablations.VARIANTS.values()))
 def test_the_counter_sees_the_products_counted_by_hand(change):
-    config, shape, words = preset("tiny", backend="torch", **change), (16, 6, 6), 5
+    config, shape, words = preset("tiny", backend="torch", **change), (16, 12, 12), 5
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         condition = torch.empty(1, 1, 1, 1, config.d_model)
         x = torch.empty(1, *shape, config.d_model)
