@@ -34,8 +34,11 @@ import train_tiny
 from benchmarks import common
 from toy import judge, shapes
 
-VARIANTS = {**common.VARIANTS, "windows of 32 frames": dict(window=(16, 4, 4))}
-VARIANTS["DiT"] = dict(mixer="attention")
+VARIANTS = {
+    **common.VARIANTS,
+    "windows of 32 frames": dict(window=(16, 4, 4)),
+    "DiT": dict(mixer="attention"),
+}
 LENGTHS = (16, 64, 256)  # frames
 WORLD = dict(size=16, n_shapes=1)  # pixels; circles
 SMALL = dict(grid=(0, 4, 4), pool=(2, 2, 2), window=(4, 4, 4))  # fields of the config
@@ -87,8 +90,8 @@ def train_step(run, frames, named=True):
 
 
 def train(variant, seed, steps, named=True, **changes):
-    """A finished run of a variant. named: captions name the colour. changes: of the config."""
-    run = new_run({**SMALL, **VARIANTS[variant], **changes}, steps, seed)
+    """A finished run of a variant. named: captions name the colour. changes: of SMALL."""
+    run = new_run({**SMALL, **changes, **VARIANTS[variant]}, steps, seed)
     for step in tqdm(range(steps), f"{variant}, {seed}", leave=False, disable=None):
         train_step(run, clip_length(step, steps), named)
     return run
