@@ -54,12 +54,13 @@ class Settings:
     schedule: Annotated[str, "of the steps: uniform, linear-quadratic or shifted"] = "shifted"
     shift: Annotated[float, "of shifted steps: more of them near the noise"] = 8.0
     renoise: Annotated[float, "share of fresh noise at every step; 0 is Euler's method"] = 1.0
+    slide: Annotated[int, "tokens by which TESA windows move on at every step, 0 none"] = 1
     seed: Annotated[int, "of the first clip; the next ones count on"] = 0
 
     def __post_init__(self):
-        limits = dict(steps=(1, 1000), fps=(1, 100), guidance=(0, 100), renoise=(0, 1))
+        ends = dict(steps=(1, 1000), fps=(1, 100), guidance=(0, 100), renoise=(0, 1), slide=(0, 9))
         for name, value in vars(self).items():
-            low, high = limits.get(name, (1, 4096))
+            low, high = ends.get(name, (1, 4096))
             if name not in ("schedule", "seed") and not low <= value <= high:
                 raise ValueError(f"{name} is {value}; expected {low} to {high}")
 
@@ -104,10 +105,9 @@ def times(steps, schedule="uniform", shift=1.0):
     "linear-quadratic" half of the steps are 1/1000 (Movie Gen, arXiv 2410.13720). "shifted" is
     u / (u + shift (1 - u)) for uniform u (SD3, arXiv 2403.03206, where t = 1 is noise).
     """
-    i = torch.arange(steps + 1, dtype=torch.float64)
+    i, half = torch.arange(steps + 1, dtype=torch.float64), steps // 2
     u = i / steps
     if schedule == "linear-quadratic":
-        half = steps // 2
         u = i / 1000 + (1 - steps / 1000) * ((i - half).clamp(min=0) / (steps - half)) ** 2
     elif schedule == "shifted":
         u = u / (u + shift * (1 - u))
@@ -118,8 +118,8 @@ def times(steps, schedule="uniform", shift=1.0):
 
 @torch.no_grad()
 def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strength=1.0, steps=50,
-           guidance=1.0, schedule="uniform", shift=1.0, renoise=0.0, seed=0, progress=False,
-           callback=lambda t, x1: None):  # fmt: skip
+           guidance=1.0, schedule="uniform", shift=1.0, renoise=0.0, slide=0, seed=0,
+           progress=False, callback=lambda t, x1: None):  # fmt: skip
     """Sample clips: (b, channels, frames, height, width), float32, on the model's device.
 
     text and text_mask: as LinGen.forward takes them. shape: (frames, height, width).
@@ -129,6 +129,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     strength S: begins with `known`, noised to the time 1 - S (SDEdit, arXiv 2108.01073).
     guidance: classifier-free guidance scale (Ho and Salimans 2022, arXiv 2207.12598); 1 means none.
     renoise r: the next step's noise is sqrt(1 - r^2) old + r new; 0 is Euler's method on the flow.
+    slide: tokens of time by which TESA windows move on at each step (choice). 0 leaves seams.
     callback(t, x1): called with each prediction of the clean clip.
     Clip i draws its noise on the CPU from seed + i, so that it depends on neither batch nor device.
     Raises FloatingPointError if the result is not finite, ValueError for a wrong shape of known.
@@ -152,14 +153,15 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
         return torch.stack(noise).to(weight.device)
 
     def denoise(x, t, words):  # words: which to heed -> the mean clean clip
-        out = model(x.to(weight.dtype), x.new_full((b,), t), text, words).float()
+        out = model(x.to(weight.dtype), x.new_full((b,), t), text, words, **moved).float()
         return out if model.config.predicts == "clean" else x + (1 - t) * out
 
     x, start = draw_noise(), 1 - strength
     ts = [start, *(t for t in times(steps, schedule, shift).tolist() if t > start)]
     x = x if known is None else x.lerp(known, start)
     bar = tqdm(ts[:-1], disable=None if progress else True, leave=False, unit="step")
-    for t, t_next in zip(bar, ts[1:]):
+    for i, (t, t_next) in enumerate(zip(bar, ts[1:])):
+        moved = {"start": i * slide} if slide else {}  # of the windows
         with torch.set_grad_enabled(given is not None):
             x.requires_grad_(given is not None)
             x1 = denoise(x, t, text_mask)  # the clean clip
@@ -186,9 +188,8 @@ def sample_windows(model, text, shape, *, known, mask, window, seed=0, **options
         start = missing[0] - window // 2 if missing[0] else missing[-1] + 1 - (window + 1) // 2
         start = min(max(0, start), max(0, shape[0] - window))
         part = slice(start, start + window)
-        given = dict(known=clip[:, :, part], mask=mask[:, part])
-        size = given["known"].shape[2:]
-        clip[:, :, part] = sample(model, text, size, seed=seed + start, **given, **options)
+        options |= dict(known=clip[:, :, part], mask=mask[:, part], seed=seed + start)
+        clip[:, :, part] = sample(model, text, clip[:, :, part].shape[2:], **options)
         mask[:, part] = 1
     return clip
 
@@ -219,7 +220,7 @@ def load_model(path, device="cpu", **changes):  # fields of the config
     """A checkpoint -> (float32 model in eval mode, checkpoint). ValueError if they do not fit."""
     saved = load_checkpoint(path)
     try:
-        Settings(**saved["sampling"])
+        saved["sampling"] = vars(Settings(**saved["sampling"]))
         with torch.device("meta"):  # takes no memory before the weights are known to fit
             model = lingen.LinGen(lingen.LinGenConfig(**saved["config"] | changes))
         model.load_state_dict(saved["weights"], assign=True)
@@ -375,7 +376,7 @@ def main():
     add("--box", type=box, metavar="X0,Y0,X1,Y1", help="with --inpaint: resample inside this box")
     add("--strength", type=float, default=0.5, help="with --edit: 0 keeps the clip, 1 ignores it")
     add("--device", help="an accelerator if there is one, else cpu")
-    add("--backend", choices=mamba2_ref.BACKENDS, help="of the Mamba2 scan")
+    add("--backend", choices=mamba2_ref.BACKENDS, default="auto", help="of the Mamba2 scan")
     add("--read", metavar="CLIP", help="print the settings inside a clip, and stop")
     args = parser.parse_args()
     if args.read:
@@ -388,15 +389,14 @@ def main():
             parser.error(f"--{option} goes with --{use}")
     if args.out.suffix.lower() not in ("", *ENDINGS):
         parser.error(f"--out {args.out}: expected a folder, or an ending of {', '.join(ENDINGS)}")
-    backend = {"backend": args.backend} if args.backend else {}
-    model, checkpoint = load_model(args.checkpoint, choose_device(args.device), **backend)
-    vocabulary, settings = checkpoint["vocabulary"], {**checkpoint["sampling"]}
+    model, saved = load_model(args.checkpoint, choose_device(args.device), backend=args.backend)
+    vocabulary, settings = saved["vocabulary"], {**saved["sampling"]}
     settings |= {name: value for name, value in vars(args).items() if name in settings}
     Settings(**settings)  # its limits
     given = given_part(args, settings)
     if "mask" in given and not args.loop:  # a loop needs both its ends at once
-        given["window"] = max(checkpoint["trained"]["frames"])
-    for name, known in checkpoint["trained"].items():
+        given["window"] = max(saved["trained"]["frames"])
+    for name, known in saved["trained"].items():
         if settings[name] not in known and not (name == "frames" and "window" in given):
             print(f"warning: {name} is {settings[name]}; trained on {known}", file=sys.stderr)
     encode(args.captions, vocabulary), times(1, settings["schedule"])  # errors before the work
@@ -407,7 +407,7 @@ def main():
             path = path.parent / path.stem / (name + (path.suffix or ".gif"))
         path.parent.mkdir(parents=True, exist_ok=True)  # an error before the work
         clip = sample_captions(model, [caption], vocabulary, settings, **given, progress=True)[0]
-        note = {**settings, "caption": caption, "checkpoint": checkpoint["sha256"]}
+        note = {**settings, "caption": caption, "checkpoint": saved["sha256"]}
         note |= {"command": sys.argv[1:]} if given else {}
         write_clip(path, to_frames(clip)[: settings["frames"]], settings["fps"], note)
         print(f"wrote {path}: {caption!r}, seed {settings['seed']}")

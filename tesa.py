@@ -120,12 +120,12 @@ class TemporalSwinAttention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.proj = nn.Linear(d_model, d_model)
 
-    def forward(self, grid):
+    def forward(self, grid, start=0):
         b, shape = grid.shape[0], tuple(grid.shape[1:4])
-        window, shift = fit(shape, self.window, self.shift)
+        later = (self.shift[0] + start) % self.window[0]  # start: more shift along time
+        window, shift = fit(shape, self.window, (later, *self.shift[1:]))
         parts = self.qkv(partition(grid, window, shift))  # (b, wins, m, 3 d)
-        pattern = "b wins m (three heads e) -> three (b wins) heads m e"
-        # q, k, v (b*wins, heads, m, e)
+        pattern = "b wins m (three heads e) -> three (b wins) heads m e"  # q, k, v
         q, k, v = rearrange(parts, pattern, three=3, heads=self.nheads)
         cos, sin = rotary(window, q.shape[-1], q.dtype, q.device)  # (m, e // 2)
         mask = window_mask(shape, window, shift, q.device)  # (wins, m, m)

@@ -83,10 +83,10 @@ class Stub(nn.Module):
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(predicts=predicts, channels=channels)
-        self.formula, self.masks = formula, []
+        self.formula, self.masks, self.starts = formula, [], []
 
-    def forward(self, x, t, text, mask=None):
-        self.given = x, t, text
+    def forward(self, x, t, text, mask=None, start=0):
+        self.given, self.starts = (x, t, text), [*self.starts, start]
         self.masks.append(mask)
         return self.formula(x, t.view(-1, 1, 1, 1, 1), mask)
 
@@ -133,11 +133,12 @@ def test_times_by_hand():
 @schedules
 @pytest.mark.parametrize("renoise", [0.0, 1.0])
 def test_a_model_that_knows_the_clip_gives_the_clip(schedule, renoise):
-    clip, seen = 2 * torch.rand(3, *SHAPE) - 1, []
-    options = dict(steps=7, schedule=schedule, shift=3.0, renoise=renoise)
-    out = sampler.sample(knows(clip), TEXT, SHAPE, callback=lambda *x: seen.append(x), **options)
+    seen, model = [], knows(clip := 2 * torch.rand(3, *SHAPE) - 1)
+    options = dict(steps=7, schedule=schedule, shift=3.0, renoise=renoise, slide=2)
+    out = sampler.sample(model, TEXT, SHAPE, callback=lambda *x: seen.append(x), **options)
     torch.testing.assert_close(out, clip.expand(2, 3, *SHAPE), atol=1e-5, rtol=0)
-    assert len(seen) == 7 and all(x1[0].equal(clip) for t, x1 in seen)
+    assert [x1[0].equal(clip) for t, x1 in seen] == 7 * [True]
+    assert model.starts == [0, 2, 4, 6, 8, 10, 12]
 
 
 @schedules
