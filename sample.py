@@ -220,7 +220,7 @@ def load_model(path, device="cpu", **changes):  # fields of the config
     """A checkpoint -> (float32 model in eval mode, checkpoint). ValueError if they do not fit."""
     saved = load_checkpoint(path)
     try:
-        saved["sampling"] = vars(Settings(**saved["sampling"]))
+        saved["sampling"] = vars(Settings(**saved["sampling"]))  # newer fields too
         with torch.device("meta"):  # takes no memory before the weights are known to fit
             model = lingen.LinGen(lingen.LinGenConfig(**saved["config"] | changes))
         model.load_state_dict(saved["weights"], assign=True)
