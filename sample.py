@@ -53,7 +53,7 @@ class Settings:
     guidance: Annotated[float, "classifier-free guidance; 1 is none"] = 1.0
     schedule: Annotated[str, "of the steps: uniform, linear-quadratic or shifted"] = "shifted"
     shift: Annotated[float, "of shifted steps: more of them near the noise"] = 8.0
-    renoise: Annotated[float, "share of fresh noise at every step; 0 is Euler's method"] = 1.0
+    renoise: Annotated[float, "share of fresh noise at every step; 0 is Euler's method"] = 0.8
     slide: Annotated[int, "tokens by which TESA windows move on at every step, 0 none"] = 1
     seed: Annotated[int, "of the first clip; the next ones count on"] = 0
 
@@ -149,8 +149,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     generators = [torch.Generator().manual_seed((seed + i) % 2**32) for i in range(b)]
 
     def draw_noise():
-        noise = [torch.randn(model.config.channels, *shape, generator=g) for g in generators]
-        return torch.stack(noise).to(weight.device)
+        return torch.stack([torch.randn(whole, generator=g) for g in generators]).to(weight.device)
 
     def denoise(x, t, words):  # words: which to heed -> the mean clean clip
         out = model(x.to(weight.dtype), x.new_full((b,), t), text, words, **moved).float()
@@ -280,28 +279,28 @@ def box(text):
 
 def given_part(args, settings):
     """The options of `sample` for a given clip or a part; may change settings["frames"]."""
-    path = args.image or args.extend or args.inpaint or args.edit
-    if not path:
+    if not (path := args.image or args.extend or args.inpaint or args.edit):
         return {}
     clip = read_frames(path, settings["height"], settings["width"])[:, : 1 if args.image else None]
-    mask, new = torch.ones_like(clip[0]), settings["frames"] - clip.shape[1]
-    if args.edit or args.inpaint:
+    if args.edit:
+        settings["frames"] = clip.shape[1]
+        return dict(known=clip[None], strength=args.strength)
+    mask = torch.ones_like(clip[0])  # (frames, h, w): 1 is given, 0 is made
+    if args.inpaint:
         settings["frames"] = len(mask)
-    elif new < 1:
-        raise ValueError(f"{path} gives {len(mask)} frames; --frames has to be more")
-    else:
-        made = clip.new_zeros(3, new, *mask.shape[1:])  # a loop repeats clip at the end; main cuts
+        if args.box:
+            mask[(..., *args.box)] = 0
+        if args.mask:  # in the file white is resampled
+            mask *= read_frames(args.mask, *mask.shape[1:])[:, :1].mean(0) < 0
+        if mask.all() or not mask.any():
+            raise ValueError("--mask or --box must select a part of the clip, but not all of it")
+    else:  # a loop repeats the clip at its end, which main cuts off
+        if settings["frames"] <= len(mask):
+            raise ValueError(f"{path} gives {len(mask)} frames; --frames has to be more")
+        made = clip.new_zeros(3, settings["frames"] - len(mask), *mask.shape[1:])
         parts = [made, clip] if args.before else [clip, made] + [clip] * args.loop
         mask = torch.cat([torch.full_like(part[0], part is clip) for part in parts])
         clip = torch.cat(parts, 1)
-    if args.edit:
-        return dict(known=clip[None], strength=args.strength)
-    if args.box:
-        mask[(..., *args.box)] = 0
-    if args.mask:  # in the file white is resampled; in mask 1 is given, 0 resampled
-        mask *= read_frames(args.mask, *mask.shape[1:])[:, :1].mean(0) < 0
-    if mask.all() or not mask.any():
-        raise ValueError("--mask or --box must select a part of the clip, but not all of it")
     return dict(known=clip[None], mask=mask[None], frames=len(mask))
 
 
@@ -376,7 +375,7 @@ def main():
     add("--box", type=box, metavar="X0,Y0,X1,Y1", help="with --inpaint: resample inside this box")
     add("--strength", type=float, default=0.5, help="with --edit: 0 keeps the clip, 1 ignores it")
     add("--device", help="an accelerator if there is one, else cpu")
-    add("--backend", choices=mamba2_ref.BACKENDS, default="auto", help="of the Mamba2 scan")
+    add("--backend", choices=mamba2_ref.BACKENDS, help="of the Mamba2 scan")
     add("--read", metavar="CLIP", help="print the settings inside a clip, and stop")
     args = parser.parse_args()
     if args.read:
@@ -389,7 +388,8 @@ def main():
             parser.error(f"--{option} goes with --{use}")
     if args.out.suffix.lower() not in ("", *ENDINGS):
         parser.error(f"--out {args.out}: expected a folder, or an ending of {', '.join(ENDINGS)}")
-    model, saved = load_model(args.checkpoint, choose_device(args.device), backend=args.backend)
+    backend = {"backend": args.backend} if args.backend else {}
+    model, saved = load_model(args.checkpoint, choose_device(args.device), **backend)
     vocabulary, settings = saved["vocabulary"], {**saved["sampling"]}
     settings |= {name: value for name, value in vars(args).items() if name in settings}
     Settings(**settings)  # its limits
