@@ -119,16 +119,16 @@ class MATE(nn.Module):
             shift = tuple(size // 2 if layer % 2 else 0 for size in config.window)
             self.tesa = TemporalSwinAttention(config.d_model, config.nheads, config.window, shift)
 
-    def forward(self, grid, start=0):
+    def forward(self, grid, offset=0):
         if self.ma is None:
-            return self.tesa(grid, start)
+            return self.tesa(grid, offset)
         tokens = to_sequence(grid, self.order)  # (b, l, d)
         review = tokens[:, :0]  # none
         if self.pool is not None:
             review = to_sequence(review_tokens(grid, self.pool), self.order)  # (b, r, d)
         out = self.ma(torch.cat([review, tokens, review], 1))  # (b, r + l + r, d)
         out = to_grid(out.narrow(1, review.shape[1], tokens.shape[1]), self.order, grid.shape[1:4])
-        return out if self.tesa is None else out + self.tesa(grid, start)
+        return out if self.tesa is None else out + self.tesa(grid, offset)
 
 
 class Attention(nn.Module):
@@ -154,7 +154,7 @@ class Attention(nn.Module):
 class FullAttention(Attention):
     """The DiT's self-attention, which MATE replaces: O(l^2). RoPE runs over the whole grid."""
 
-    def forward(self, grid, start=0):  # it has no windows
+    def forward(self, grid, offset=0):  # it has no windows
         e = grid.shape[-1] // self.nheads
         rope = rotary(grid.shape[1:4], e, grid.dtype, grid.device, longest=256)
         return super().forward(grid, grid, rope=rope)
@@ -181,9 +181,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d, hidden), nn.GELU("tanh"), nn.Linear(hidden, d))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
 
-    def forward(self, x, condition, text, mask, start=0):
+    def forward(self, x, condition, text, mask, offset=0):
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(condition).chunk(6, -1)
-        x = x + gate1 * self.mixer(modulate(x, scale1, shift1), start)
+        x = x + gate1 * self.mixer(modulate(x, scale1, shift1), offset)
         x = x + self.cross(F.layer_norm(x, x.shape[-1:]), text, mask)
         return x + gate2 * self.mlp(modulate(x, scale2, shift2))
 
@@ -213,7 +213,7 @@ class LinGen(nn.Module):
             if "modulation" in name or "patch_out" in name:
                 nn.init.zeros_(p)
 
-    def forward(self, clip, t, text, mask=None, start=0):
+    def forward(self, clip, t, text, mask=None, offset=0):
         """A noisy clip -> the clean clip or the velocity, as config.predicts says; the same shape.
 
         clip (b, channels, frames, height, width): (1 - t) noise + t data. Sizes are multiples of
@@ -221,7 +221,7 @@ class LinGen(nn.Module):
         t (b,): the time of each clip, in [0, 1].
         text: word numbers (b, n), 0 for padding; or embeddings (b, n, text_dim).
         mask (b, n): True for a word; by default where its number is not 0, or for all embeddings.
-        start: tokens of time by which all TESA windows begin later (sample.py moves them).
+        offset: tokens of time by which all TESA windows begin later (sample.py moves them).
         """
         config, (pt, ph, pw), still = self.config, self.config.patch, clip.shape[2] == 1
         if still:  # a picture is repeated to fill its patch, and the output is averaged
@@ -246,7 +246,7 @@ class LinGen(nn.Module):
         condition = self.time(time_embedding(t).to(x.dtype)) + mean
         condition = condition[:, None, None, None]  # (b, 1, 1, 1, d)
         for block in self.blocks:
-            x = block(x, condition, text, mask[:, None, None], start)
+            x = block(x, condition, text, mask[:, None, None], offset)
         scale, shift = self.modulation(condition).chunk(2, -1)
         pattern = "b t h w (pt ph pw c) -> b c (t pt) (h ph) (w pw)"
         out = rearrange(self.patch_out(modulate(x, scale, shift)), pattern, pt=pt, ph=ph, pw=pw)

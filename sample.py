@@ -53,8 +53,8 @@ class Settings:
     guidance: Annotated[float, "classifier-free guidance; 1 is none"] = 1.0
     schedule: Annotated[str, "of the steps: uniform, linear-quadratic or shifted"] = "shifted"
     shift: Annotated[float, "of shifted steps: more of them near the noise"] = 8.0
-    renoise: Annotated[float, "share of fresh noise at every step; 0 is Euler's method"] = 0.8
-    slide: Annotated[int, "tokens by which TESA windows move on at every step, 0 none"] = 1
+    renoise: Annotated[float, "weight of fresh noise at every step; 0 is Euler's method"] = 0.8
+    slide: Annotated[int, "tokens of time by which TESA windows move at every step"] = 1
     seed: Annotated[int, "of the first clip; the next ones count on"] = 0
 
     def __post_init__(self):
@@ -129,7 +129,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     strength S: begins with `known`, noised to the time 1 - S (SDEdit, arXiv 2108.01073).
     guidance: classifier-free guidance scale (Ho and Salimans 2022, arXiv 2207.12598); 1 means none.
     renoise r: the next step's noise is sqrt(1 - r^2) old + r new; 0 is Euler's method on the flow.
-    slide: tokens of time by which TESA windows move on at each step (choice). 0 leaves seams.
+    slide: tokens of time by which TESA windows move at each step (choice). If 0, motion has seams.
     callback(t, x1): called with each prediction of the clean clip.
     Clip i draws its noise on the CPU from seed + i, so that it depends on neither batch nor device.
     Raises FloatingPointError if the result is not finite, ValueError for a wrong shape of known.
@@ -151,7 +151,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     def draw_noise():
         return torch.stack([torch.randn(whole, generator=g) for g in generators]).to(weight.device)
 
-    def denoise(x, t, words):  # words: which to heed -> the mean clean clip
+    def denoise(x, t, words, moved):  # words: which to heed -> the mean clean clip
         out = model(x.to(weight.dtype), x.new_full((b,), t), text, words, **moved).float()
         return out if model.config.predicts == "clean" else x + (1 - t) * out
 
@@ -160,12 +160,12 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     x = x if known is None else x.lerp(known, start)
     bar = tqdm(ts[:-1], disable=None if progress else True, leave=False, unit="step")
     for i, (t, t_next) in enumerate(zip(bar, ts[1:])):
-        moved = {"start": i * slide} if slide else {}  # of the windows
+        moved = {"offset": i * slide} if slide else {}  # not every model has windows
         with torch.set_grad_enabled(given is not None):
             x.requires_grad_(given is not None)
-            x1 = denoise(x, t, text_mask)  # the clean clip
+            x1 = denoise(x, t, text_mask, moved)  # the clean clip
             if guidance != 1:  # from the clip of no caption towards this one, and beyond
-                x1 = denoise(x, t, no_words).lerp(x1, guidance)
+                x1 = denoise(x, t, no_words, moved).lerp(x1, guidance)
             if given is not None:
                 wrong = (x1 - known).square().where(given, 0).sum()
                 x1 = x1 - torch.autograd.grad(wrong, x)[0]  # down the slope of the error
@@ -219,7 +219,7 @@ def load_model(path, device="cpu", **changes):  # fields of the config
     """A checkpoint -> (float32 model in eval mode, checkpoint). ValueError if they do not fit."""
     saved = load_checkpoint(path)
     try:
-        saved["sampling"] = vars(Settings(**saved["sampling"]))  # newer fields too
+        saved["sampling"] = vars(Settings(**saved["sampling"]))  # adds newer fields
         with torch.device("meta"):  # takes no memory before the weights are known to fit
             model = lingen.LinGen(lingen.LinGenConfig(**saved["config"] | changes))
         model.load_state_dict(saved["weights"], assign=True)

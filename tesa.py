@@ -120,9 +120,9 @@ class TemporalSwinAttention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.proj = nn.Linear(d_model, d_model)
 
-    def forward(self, grid, start=0):
+    def forward(self, grid, offset=0):
         b, shape = grid.shape[0], tuple(grid.shape[1:4])
-        later = (self.shift[0] + start) % self.window[0]  # start: more shift along time
+        later = (self.shift[0] + offset) % self.window[0]  # offset: more shift along time
         window, shift = fit(shape, self.window, (later, *self.shift[1:]))
         parts = self.qkv(partition(grid, window, shift))  # (b, wins, m, 3 d)
         pattern = "b wins m (three heads e) -> three (b wins) heads m e"  # q, k, v

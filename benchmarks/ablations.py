@@ -113,6 +113,7 @@ def sample_and_judge(model, n, frames=16, seed=0):
     generator = torch.Generator().manual_seed(30_000_001 + seed)
     specs = shapes.random_specs(n, generator, held_out_only=True)
     captions = [shapes.caption(spec) for spec in specs]
+    # The settings that progress.csv was measured with.
     settings = vars(sampler.Settings(frames=frames, seed=seed, renoise=1.0, slide=0))
     return judge.judge(train_tiny.sample_captions(model, captions, shapes.WORDS, settings), specs)
 

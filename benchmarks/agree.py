@@ -41,6 +41,7 @@ def train_and_measure(variant, seed, steps, captions, lengths):
     """The numbers of a row, with a new model. Of clips beyond 1000 frames a third is sampled."""
     model = ablations.train(variant, seed, steps, False, window=ablations.NARROW).average
     how = {name: ablations.SAMPLING[name] for name in ("steps", "schedule", "shift", "renoise")}
+    how["slide"] = 0  # windows stay, as when the table was measured
     row, size = {}, ablations.WORLD["size"]
     for frames in lengths:
         specs = ablations.small_specs(captions if frames < 1000 else -(-captions // 3))

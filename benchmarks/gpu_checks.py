@@ -60,7 +60,7 @@ def module_results(make, inputs, device, dtype):
 def sampler_results(device, dtype):
     model, checkpoint = sampler.load_model(common.SHIPPED, device, backend="torch")
     text = sampler.encode(["a red circle moving right"], checkpoint["vocabulary"])
-    return [sampler.sample(model.to(dtype), text, (16, 24, 24), steps=4, renoise=1.0)]
+    return [sampler.sample(model.to(dtype), text, (16, 24, 24), steps=4, renoise=1.0, slide=1)]
 
 
 def check(add, name, run, device, truth=None, precisions=("float64", "float32", "tf32")):

@@ -5,8 +5,8 @@
 
 Held-out captions, and ideal clips of the toy world. A use gives the sampler a part of such a clip,
 and the whole result is judged: attributes, one object, form, no step off by half a pixel, also
-where given and made parts meet. Edits have captions with a new colour and shape (seen ones) and
-guidance 2; near says how many start within 3 pixels of the given clip.
+where given and made parts meet. Edits have captions with a new colour and shape (seen ones),
+guidance 2 and renoise 1; near says how many start within 3 pixels of the given clip.
 """
 
 import sys
@@ -36,7 +36,7 @@ def given_part(use, specs, starts):
         return {}, specs.masked_fill(unnamed.bool()[torch.arange(len(specs)) % 6], -1)
     if kind == "edit":
         other = (specs + torch.tensor([1, 1, 0])) % torch.tensor([6, 4, 8])
-        return dict(known=known, strength=float(value), guidance=2.0), other
+        return dict(known=known, strength=float(value), guidance=2.0, renoise=1.0), other
     if kind == "image":
         mask[:, :1] = 1
     elif kind == "extend":

@@ -362,6 +362,7 @@ def uses(args):
     """What is given (in a frame, or outside a box) and what the sampler makes of it."""
     model, checkpoint = sampler.load_model(args.checkpoint)
     circle, square = "a red circle moving right", "a blue square moving right"
+    edit = dict(strength=0.5, guidance=2.0, renoise=1.0)
     frames = torch.arange(28)[:, None, None].expand(-1, 24, 24)
     inside = torch.zeros(24, 24, dtype=torch.bool)
     inside[6:18, 6:18] = True
@@ -371,7 +372,7 @@ def uses(args):
         ("--extend --before", circle, 24, frames >= 8, {}),
         ("--extend --loop", circle, 28, (frames < 4) | (frames >= 24), {}),
         ("--inpaint --box 6,6,18,18", circle, 16, ~inside.expand(28, -1, -1), {}),
-        ("--edit --guidance 2", square, 16, None, dict(strength=0.5, guidance=2.0)),
+        ("--edit --guidance 2 --renoise 1", square, 16, None, edit),
     ]
     page = Page(220 + 40 * 14, 46 * len(rows) + 30)
     title = "every second frame; outlined frames are given; the outlined box is resampled"

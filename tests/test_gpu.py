@@ -32,7 +32,7 @@ VARIANTS = [
     dict(), dict(mixer="attention"), dict(ma=False), dict(tesa=False), dict(review=False),
     dict(scan="zigzag"), dict(predicts="velocity"), dict(window=(3, 4, 5)),
 ]  # fmt: skip
-SAMPLERS = [dict(), dict(renoise=1.0), dict(guidance=2.0), dict(schedule="linear-quadratic")]
+SAMPLERS = [dict(slide=1), dict(renoise=1.0), dict(guidance=2.0), dict(schedule="linear-quadratic")]
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="the guard needs a C++ compiler")
 CASES = {}
 GUARD = """

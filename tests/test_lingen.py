@@ -118,9 +118,9 @@ def test_layers_rotate_the_scan_and_shift_every_second_window():
     assert [mixer.order for mixer in mixers] == [*SCANS, *SCANS[:2]]
     assert [mixer.tesa.shift for mixer in mixers] == [(0, 0, 0), (2, 1, 1)] * 3
     assert {block.mixer.order for block in LinGen(config(scan="zigzag")).blocks} == {"zigzag"}
-    for changes in (dict(), dict(ma=False)):  # start moves the windows of all layers
+    for changes in (dict(), dict(ma=False)):  # offset moves the windows of all layers
         model, arguments = new_model(depth=2, **changes), inputs((2, 3, 10, 16, 16))
-        moved, before = model(*arguments, start=1), model(*arguments)
+        moved, before = model(*arguments, offset=1), model(*arguments)
         even, odd = (block.mixer.tesa for block in model.blocks)
         even.shift, odd.shift = (1, 0, 0), (0, 1, 1)
         assert torch.equal(moved, model(*arguments)) and not torch.equal(moved, before)

@@ -83,10 +83,10 @@ class Stub(nn.Module):
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(predicts=predicts, channels=channels)
-        self.formula, self.masks, self.starts = formula, [], []
+        self.formula, self.masks, self.offsets = formula, [], []
 
-    def forward(self, x, t, text, mask=None, start=0):
-        self.given, self.starts = (x, t, text), [*self.starts, start]
+    def forward(self, x, t, text, mask=None, offset=0):
+        self.given, self.offsets = (x, t, text), [*self.offsets, offset]
         self.masks.append(mask)
         return self.formula(x, t.view(-1, 1, 1, 1, 1), mask)
 
@@ -138,7 +138,7 @@ def test_a_model_that_knows_the_clip_gives_the_clip(schedule, renoise):
     out = sampler.sample(model, TEXT, SHAPE, callback=lambda *x: seen.append(x), **options)
     torch.testing.assert_close(out, clip.expand(2, 3, *SHAPE), atol=1e-5, rtol=0)
     assert [x1[0].equal(clip) for t, x1 in seen] == 7 * [True]
-    assert model.starts == [0, 2, 4, 6, 8, 10, 12]
+    assert model.offsets == [0, 2, 4, 6, 8, 10, 12]
 
 
 @schedules

@@ -101,7 +101,7 @@ def test_values_and_gradients_equal_dense_masked_attention(shape, window, shift)
         (grad,) = torch.autograd.grad(each, grid, retain_graph=True)  # who is heard
         assert torch.equal(grad[0].flatten(0, 2).any(-1), wanted)
     assert_same(out, dense(layer, grid), layer, grid)
-    moved = layer(grid, 2 * window[0] + 1)  # start is added to the shift along time
+    moved = layer(grid, 2 * window[0] + 1)  # offset is added to the shift along time
     layer.shift = ((shift[0] + 1) % window[0], *shift[1:])
     assert_same(moved, dense(layer, grid), layer, grid)
 
@@ -146,7 +146,7 @@ def test_compiled_equals_eager_and_fake_meta_exported_and_inference_tensors_leav
         layer(grid)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for each in (layer, compiled):
-        assert_same(each(grid), dense(layer, grid), layer, grid)
+        assert_same(each(grid, 2), dense(layer, grid), layer, grid)
 
 
 def test_cost_is_linear_in_the_frames():
