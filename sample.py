@@ -53,7 +53,7 @@ class Settings:
     guidance: Annotated[float, "classifier-free guidance; 1 is none"] = 1.0
     schedule: Annotated[str, "of the steps: uniform, linear-quadratic or shifted"] = "shifted"
     shift: Annotated[float, "of shifted steps: more of them near the noise"] = 8.0
-    renoise: Annotated[float, "weight of fresh noise at every step; 0 is Euler's method"] = 0.8
+    renoise: Annotated[float, "weight of fresh noise at every step; 0 is Euler's method"] = 1.0
     slide: Annotated[int, "tokens of time by which TESA windows move at every step"] = 1
     seed: Annotated[int, "of the first clip; the next ones count on"] = 0
 

@@ -13,6 +13,7 @@ b clips; t (b,) the time of the flow: 0 noise, 1 data. Clips are (b, 3, frames, 
 import argparse
 import ast
 import collections
+import contextlib
 import copy
 import io
 import itertools
@@ -40,7 +41,7 @@ STEPS = 6000
 RATE = 3e-3  # learning rate
 PICTURES_EVERY = 8  # hybrid training: every eighth step is on pictures
 NO_CAPTION = 0.05  # share of empty captions, for classifier-free guidance
-LONG = dict(steps=100, shift=16.0, renoise=1.0)  # beyond 16 frames: stretches have to agree
+LONG = dict(steps=100, shift=16.0)  # sampling beyond 16 frames: stretches have to agree
 CLAMP = 0.4  # the smallest 1 - t in the loss, or late times would dominate
 
 
@@ -163,23 +164,20 @@ class Run:
 
     def state(self):
         """A checkpoint: what sample.py needs, and under "training" what a resume needs."""
-        config = dict(vars(self.model.config))
-        config["backend"] = "auto" if callable(config["backend"]) else config["backend"]
+        backend = self.model.config.backend
         frames = self.settings.get("frames") or [stage.frames for stage in STAGES]
         trained = {"frames": sorted({1, *frames}), "height": [shapes.SIZE], "width": [shapes.SIZE]}
-        progress = {"settings": self.settings, "step": self.step, "losses": self.losses}
+        training = {"settings": self.settings, "step": self.step, "losses": self.losses}
+        training["model"] = self.model.state_dict()
+        training["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         return {
             "format": sampler.FORMAT,
-            "config": config,
+            "config": vars(self.model.config) | ({"backend": "auto"} if callable(backend) else {}),
             "weights": self.average.state_dict(),
             "vocabulary": shapes.WORDS,
             "sampling": vars(sampler.Settings(**(LONG if max(frames) > 16 else {}))),
             "trained": trained,
-            "training": {
-                **progress,
-                "model": self.model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            },
+            "training": training,
         }
 
     def restore(self, checkpoint):
@@ -187,7 +185,7 @@ class Run:
         saved = checkpoint.get("training")
         if not saved:
             raise ValueError("the file of --out holds no training state")
-        theirs = {**saved["settings"], **checkpoint["config"]}
+        theirs = saved["settings"] | checkpoint["config"]
         if saved["step"] == theirs["steps"]:  # --steps may grow; rate and stages follow it
             theirs["steps"] = max(theirs["steps"], self.settings["steps"])
         for name, value in {**self.settings, **self.state()["config"]}.items():
@@ -232,6 +230,7 @@ def train(args):
         distributed.init_process_group()
     for path in (out, Path(args.publish or out)):  # an error before the work
         path.parent.mkdir(parents=True, exist_ok=True)
+    sampler.Settings(renoise=args.renoise)  # its limits
     settings = {name: getattr(args, name) for name in ("steps", "seed", "rate", "frames")}
     config = lingen.preset("tiny", **dict(args.set))
     start = args.init and sampler.load_model(args.init, **vars(config))[0].state_dict()
@@ -269,7 +268,9 @@ def train(args):
         raise FloatingPointError("the training diverged: worse than all-black clips; lower --rate")
     if args.publish:
         weights = {name: value.half() for name, value in run.average.state_dict().items()}
-        write_checkpoint(args.publish, {**run.state(), "weights": weights, "training": None})
+        state = {**run.state(), "weights": weights, "training": None}
+        state["sampling"]["renoise"] = args.renoise
+        write_checkpoint(args.publish, state)
     return 0
 
 
@@ -290,10 +291,8 @@ def setting(text):
     name, _, value = text.partition("=")
     fields = dict(vars(lingen.preset("tiny")))
     del fields["channels"], fields["vocab_size"]  # as the toy has them
-    try:
+    with contextlib.suppress(ValueError, SyntaxError):  # a word, as zigzag, stays one
         value = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        pass  # a word, as zigzag
     if type(value) is not type(fields.get(name, id)) or type(value) is tuple and len(value) != 3:
         known = ", ".join(f"{key}={fields[key]!r}" for key in ({name} & fields.keys() or fields))
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE, as in {known}")
@@ -315,6 +314,7 @@ def main():
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--save-every", type=float, default=60, metavar="SECONDS", help="between checkpoints")
     add("--publish", metavar="FILE", help="at the end, also write float16 weights for sample.py")
+    add("--renoise", type=float, default=1.0, help="of sample.py, stored by --publish")
     add("--device", help="an accelerator if there is one, else cpu")
     add("--evaluate", metavar="CHECKPOINT", help="judge clips of this checkpoint, and stop")
     add("--captions", type=int, default=100, help="with --evaluate: how many of each kind")

@@ -43,7 +43,7 @@ LENGTHS = (16, 64, 256)  # frames
 WORLD = dict(size=16, n_shapes=1)  # pixels; circles
 SMALL = dict(grid=(0, 4, 4), pool=(2, 2, 2), window=(4, 4, 4))  # fields of the config
 NARROW = (4, 2, 2)  # a window of half the picture's width: adapt.py, agree.py
-SAMPLING = vars(sampler.Settings(frames=64, height=16, width=16, steps=24, renoise=1.0))
+SAMPLING = vars(sampler.Settings(frames=64, height=16, width=16, steps=24))
 SHARES = ("direction", "steady", "path", "right")
 COLUMNS = [f"{name}_{frames}" for name in ("loss", *SHARES) for frames in LENGTHS]
 
@@ -113,8 +113,7 @@ def sample_and_judge(model, n, frames=16, seed=0):
     generator = torch.Generator().manual_seed(30_000_001 + seed)
     specs = shapes.random_specs(n, generator, held_out_only=True)
     captions = [shapes.caption(spec) for spec in specs]
-    # The settings that progress.csv was measured with.
-    settings = vars(sampler.Settings(frames=frames, seed=seed, renoise=1.0, slide=0))
+    settings = vars(sampler.Settings(frames=frames, seed=seed, slide=0))  # as in progress.csv
     return judge.judge(train_tiny.sample_captions(model, captions, shapes.WORDS, settings), specs)
 
 
