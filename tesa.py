@@ -107,7 +107,7 @@ class TemporalSwinAttention(nn.Module):
 
     window (t, h, w) in tokens; shift (t, h, w), 0 in even layers and half a window in odd ones.
     Raises ValueError for a width that 2 * nheads does not divide, or unless 0 <= shift < window.
-    Choice: RoPE inside the window, where Swin has a learnt bias for each offset.
+    forward adds offset to the shift along time. Choice: RoPE, where Swin has a learnt bias.
     """
 
     def __init__(self, d_model, nheads, window=(4, 4, 4), shift=(0, 0, 0)):
@@ -122,8 +122,8 @@ class TemporalSwinAttention(nn.Module):
 
     def forward(self, grid, offset=0):
         b, shape = grid.shape[0], tuple(grid.shape[1:4])
-        later = (self.shift[0] + offset) % self.window[0]  # offset: more shift along time
-        window, shift = fit(shape, self.window, (later, *self.shift[1:]))
+        shift = ((self.shift[0] + offset) % self.window[0], *self.shift[1:])
+        window, shift = fit(shape, self.window, shift)
         parts = self.qkv(partition(grid, window, shift))  # (b, wins, m, 3 d)
         pattern = "b wins m (three heads e) -> three (b wins) heads m e"  # q, k, v
         q, k, v = rearrange(parts, pattern, three=3, heads=self.nheads)
