@@ -42,7 +42,6 @@ VARIANTS = {
 LENGTHS = (16, 64, 256)  # frames
 WORLD = dict(size=16, n_shapes=1)  # pixels; circles
 SMALL = dict(grid=(0, 4, 4), pool=(2, 2, 2), window=(4, 4, 4))  # fields of the config
-NARROW = (4, 2, 2)  # a window of half the picture's width: adapt.py, agree.py
 SAMPLING = vars(sampler.Settings(frames=64, height=16, width=16, steps=24))
 SHARES = ("direction", "steady", "path", "right")
 COLUMNS = [f"{name}_{frames}" for name in ("loss", *SHARES) for frames in LENGTHS]

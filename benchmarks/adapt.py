@@ -24,11 +24,12 @@ from benchmarks import ablations, common
 
 MODELS = {"LinGen": {}, "DiT": dict(mixer="attention")}
 SHORT, LONG = 16, 64
+NARROW = (4, 2, 2)  # a window of half the picture's width
 
 
 def losses_after_the_move(model, steps, every, seed):
     """[(step after the move, loss)] of a run: `steps` on short clips, then as many on long ones."""
-    sizes = dict(grid=(SHORT // 2, 4, 4), window=ablations.NARROW)
+    sizes = dict(grid=(SHORT // 2, 4, 4), window=NARROW)
     changes = {**ablations.SMALL, **MODELS[model], **sizes}
     # The last half of these steps is never reached: the learning rate stays at its plateau.
     run = ablations.new_run(changes, 4 * steps, seed)

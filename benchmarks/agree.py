@@ -5,8 +5,7 @@
 
 A task of long range: captions do not name the colour, so all frames of a clip have to agree on one,
 although each begins with noise of its own. Training is that of ablations.py, in its small world,
-with clips of up to 256 frames and windows of half the picture's width. Then clips are sampled,
-longer ones, too.
+with clips of up to 256 frames. Then clips are sampled, longer ones, too.
 
     agree   of the frames that show a shape: the share of the most frequent colour
     found   share of the frames that show a shape
@@ -39,9 +38,9 @@ def agreement(clip):
 
 def train_and_measure(variant, seed, steps, captions, lengths):
     """The numbers of a row, with a new model. Of clips beyond 1000 frames a third is sampled."""
-    model = ablations.train(variant, seed, steps, False, window=ablations.NARROW).average
-    how = {name: ablations.SAMPLING[name] for name in ("steps", "schedule", "shift", "renoise")}
-    how["slide"] = 0  # windows stay, as when the table was measured
+    model = ablations.train(variant, seed, steps, named=False).average
+    names = ("steps", "schedule", "shift", "renoise", "slide")
+    how = {name: ablations.SAMPLING[name] for name in names}
     row, size = {}, ablations.WORLD["size"]
     for frames in lengths:
         specs = ablations.small_specs(captions if frames < 1000 else -(-captions // 3))

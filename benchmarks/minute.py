@@ -42,7 +42,7 @@ def main():
     parser = common.parser_of(__doc__)
     parser.add_argument("--checkpoint", default=common.SHIPPED)
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 272, 1088])
-    parser.add_argument("--captions", type=int, default=10, help="judged; a third for a minute")
+    parser.add_argument("--captions", type=int, default=10, help="judged (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="of captions and noise")
     args = common.arguments(parser, child)
     model, checkpoint = sampler.load_model(args.checkpoint)
@@ -51,14 +51,14 @@ def main():
     table = common.Table(args.out / "minute.csv")
     for frames in args.frames:
         taken, peak = common.in_fresh_process(__file__, path=args.checkpoint, frames=frames)
-        told, clips = specs[: args.captions if frames < 512 else -(-args.captions // 3)], []
-        for i, spec in enumerate(tqdm(told, desc=f"{frames}", leave=False, disable=None)):
+        clips = []
+        for i, spec in enumerate(tqdm(specs, desc=f"{frames}", leave=False, disable=None)):
             caption = shapes.caption(spec)
             clips.append(sample_one(model, checkpoint, caption, frames, args.seed + i))
-        verdict = judge.judge(torch.cat(clips), told)
+        verdict = judge.judge(torch.cat(clips), specs)
         seconds = judge.seconds(verdict).double().mean().item()
         table.add(frames=frames, seconds_of_film=frames // 16, seconds_to_make=round(taken, 1),
-                  peak_mib=round(peak), captions=len(told),
+                  peak_mib=round(peak), captions=args.captions,
                   frames_right=f"{100 * verdict['right'].double().mean():.1f} %",
                   seconds_right=f"{100 * seconds:.1f} %",
                   lenient=f"{100 * verdict['lenient'].double().mean():.0f} %",

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_tiny
 from benchmarks import ablations, adapt, adjacency, agree, common, cost, gpu, ideal, length
-from benchmarks import minute, parts, progress, speed, starts, uses
+from benchmarks import memory, minute, parts, progress, speed, starts, uses
 from docs import figures
-from lingen import Block, preset
+from lingen import Block, LinGen, preset
 from scan import SCANS, places
 from tesa import windows
 from toy import judge, shapes
@@ -127,6 +127,7 @@ RUNS = [
     (uses, "--captions 1 --only plain inpaint loop --checkpoint CHECKPOINT", "uses.csv", 3),
     (ideal, "--frames 2 4 --times 0.1 --clips 2 --checkpoint CHECKPOINT", "ideal.csv", 2),
     (starts, "--seeds 2 --checkpoint CHECKPOINT", "starts.csv", 3),
+    (memory, "--checkpoint CHECKPOINT", "memory.csv", 4),
 ]
 GPU = dict(tests=37, judge=2, step=2, scan=6, sample=1, train=1, cards=4, table2=6)
 RUNS += [(gpu, f"--device cpu --tiny --part {name}", f"{name}.csv", GPU[name]) for name in GPU]
@@ -192,6 +193,16 @@ def test_starts_are_counted_in_the_nine_parts_of_the_torus():
     places = torch.tensor([[0.0, 0.0], [7.9, 7.9], [8.0, 0.0], [23.9, 23.9], [0.0, 8.0]])
     assert starts.count_starts(places).tolist() == [2, 1, 0, 1, 0, 0, 0, 0, 1]
     assert starts.chi_square(torch.tensor([3, 1])) == 1  # (3 - 2)^2 / 2 + (1 - 2)^2 / 2
+
+
+def test_memories_are_those_of_known_steps_and_rates():
+    model = LinGen(preset("tiny", depth=1)).requires_grad_(False)
+    ma = model.blocks[0].mixer.ma
+    ma.in_proj.weight[-4:] = 0  # steps of dt = 0.01 for all tokens
+    ma.dt_bias.fill_(math.log(math.expm1(0.01)))
+    ma.A_log.copy_(torch.tensor([2.0, 1.0, 5.0, 4.0]).log())
+    inputs = torch.zeros(1, 3, 16, 24, 24), torch.zeros(1), torch.ones(1, 3).long()
+    assert memory.memories(model, *inputs) == [[288 + 2 * 16, 20, 25, 50, 100]]
 
 
 def test_a_process_of_its_own_gives_back_what_child_returns():
