@@ -28,9 +28,15 @@ def sample_one(model, checkpoint, caption, frames, seed=0):
     return train_tiny.sample_captions(model, [caption], checkpoint["vocabulary"], settings)
 
 
-def child(path, frames):
-    """[seconds, MiB] that a clip takes, in this process."""
+def load(path, steps):
     model, checkpoint = sampler.load_model(path)
+    checkpoint["sampling"]["steps"] = steps or checkpoint["sampling"]["steps"]
+    return model, checkpoint
+
+
+def child(path, frames, steps):
+    """[seconds, MiB] that a clip takes, in this process."""
+    model, checkpoint = load(path, steps)
 
     def run():
         sample_one(model, checkpoint, "a red circle moving right", frames)
@@ -42,15 +48,17 @@ def main():
     parser = common.parser_of(__doc__)
     parser.add_argument("--checkpoint", default=common.SHIPPED)
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 64, 272, 1088])
+    parser.add_argument("--steps", type=int, help="of the sampler; default: the checkpoint's own")
     parser.add_argument("--captions", type=int, default=10, help="judged (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="of captions and noise")
     args = common.arguments(parser, child)
-    model, checkpoint = sampler.load_model(args.checkpoint)
+    model, checkpoint = load(args.checkpoint, args.steps)
     generator = torch.Generator().manual_seed(args.seed)
     specs = shapes.random_specs(args.captions, generator, held_out_only=True)
     table = common.Table(args.out / "minute.csv")
     for frames in args.frames:
-        taken, peak = common.in_fresh_process(__file__, path=args.checkpoint, frames=frames)
+        request = dict(path=args.checkpoint, frames=frames, steps=args.steps)
+        taken, peak = common.in_fresh_process(__file__, **request)
         clips = []
         for i, spec in enumerate(tqdm(specs, desc=f"{frames}", leave=False, disable=None)):
             caption = shapes.caption(spec)
