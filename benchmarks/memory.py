@@ -4,9 +4,9 @@
     python benchmarks/memory.py --checkpoint runs/long.pt --frames 256
 
 A head's state decays by exp(dt A) from token to token, so 1 / (-dt A) tokens later a part 1/e of it
-is left. The table has this number for each head of each layer, ascending, beside the number
-of tokens that the layer reads (of the clip, and review tokens twice). dt A is the mean over the
-tokens of one clip, noised to the time t.
+is left. The table has this number for each head of each layer, ascending, beside the number of
+tokens that the layer reads (of the clip, and review tokens twice). dt A is the mean over the tokens
+of one clip, noised to the time t.
 """
 
 import functools

@@ -1,12 +1,12 @@
 """Claim: a minute of video. Time, memory, and how much of it is right, from 16 frames to 1088.
 
     python benchmarks/minute.py                                  the shipped checkpoint, 10 captions
-    python benchmarks/minute.py --checkpoint runs/long.pt --captions 32 --frames 64 272
+    python benchmarks/minute.py --checkpoint runs/long.pt --frames 272 --steps 200
 
 For each length: time and peak memory of one clip, in a process of its own; then the judge's verdict
-on held-out captions. A clip is made in one pass, with the checkpoint's own settings; the noise of
-all pixels of all frames is independent. A frame is right if it and the step to it are, a second if
-all its 16 frames are, a film if all frames are (strict).
+on held-out captions. A clip is made in one pass, with the checkpoint's own settings (and --steps);
+the noise of all pixels of all frames is independent. A frame is right if it and the step to it are,
+a second if all its 16 frames are, a film if all frames are (strict).
 """
 
 import sys
@@ -29,6 +29,7 @@ def sample_one(model, checkpoint, caption, frames, seed=0):
 
 
 def load(path, steps):
+    """The model and its checkpoint; steps: of the sampler, or None for the checkpoint's own."""
     model, checkpoint = sampler.load_model(path)
     checkpoint["sampling"]["steps"] = steps or checkpoint["sampling"]["steps"]
     return model, checkpoint
