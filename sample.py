@@ -129,7 +129,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     strength S: begins with `known`, noised to the time 1 - S (SDEdit, arXiv 2108.01073).
     guidance: classifier-free guidance scale (Ho and Salimans 2022, arXiv 2207.12598); 1 means none.
     renoise r: the next step's noise is sqrt(1 - r^2) old + r new; 0 is Euler's method on the flow.
-    slide: tokens of time by which TESA windows move at each step (choice). If 0, motion has seams.
+    slide: TESA windows move by so many tokens of time at each step, to those of training (choice).
     callback(t, x1): called with each prediction of the clean clip.
     Clip i draws its noise on the CPU from seed + i, so that it depends on neither batch nor device.
     Raises FloatingPointError if the result is not finite, ValueError for a wrong shape of known.
@@ -151,21 +151,21 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     def draw_noise():
         return torch.stack([torch.randn(whole, generator=g) for g in generators]).to(weight.device)
 
-    def denoise(x, t, words, moved):  # words: which to heed -> the mean clean clip
-        out = model(x.to(weight.dtype), x.new_full((b,), t), text, words, **moved).float()
+    def denoise(x, t, words, **windows):  # words: which to heed -> the mean clean clip
+        out = model(x.to(weight.dtype), x.new_full((b,), t), text, words, **windows).float()
         return out if model.config.predicts == "clean" else x + (1 - t) * out
 
     x, start = draw_noise(), 1 - strength
     ts = [start, *(t for t in times(steps, schedule, shift).tolist() if t > start)]
     x = x if known is None else x.lerp(known, start)
     bar = tqdm(ts[:-1], disable=None if progress else True, leave=False, unit="step")
-    for i, (t, t_next) in enumerate(zip(bar, ts[1:])):
-        moved = {"offset": i * slide} if slide else {}  # not every model has windows
+    for i, (t, t_next) in enumerate(zip(bar, ts[1:]), 2 - len(ts)):  # the last i is 0
+        windows = {"offset": i * slide} if slide else {}  # not every model has them
         with torch.set_grad_enabled(given is not None):
             x.requires_grad_(given is not None)
-            x1 = denoise(x, t, text_mask, moved)  # the clean clip
+            x1 = denoise(x, t, text_mask, **windows)
             if guidance != 1:  # from the clip of no caption towards this one, and beyond
-                x1 = denoise(x, t, no_words, moved).lerp(x1, guidance)
+                x1 = denoise(x, t, no_words, **windows).lerp(x1, guidance)
             if given is not None:
                 wrong = (x1 - known).square().where(given, 0).sum()
                 x1 = x1 - torch.autograd.grad(wrong, x)[0]  # down the slope of the error

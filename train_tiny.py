@@ -41,7 +41,7 @@ STEPS = 6000
 RATE = 3e-3  # learning rate
 PICTURES_EVERY = 8  # hybrid training: every eighth step is on pictures
 NO_CAPTION = 0.05  # share of empty captions, for classifier-free guidance
-LONG = dict(steps=100, shift=16.0)  # sampling beyond 16 frames: stretches have to agree
+LONG = dict(steps=200, shift=16.0)  # sampling beyond 16 frames: stretches have to agree
 CLAMP = 0.4  # the smallest 1 - t in the loss, or late times would dominate
 
 

@@ -7,8 +7,8 @@ Both learn pictures and clips of 16 frames, and then clips of 64, in the small w
 ablations.py. From the move on, the loss on new clips of 64 frames is measured every few steps, on
 the mean of the weights. The fall of a model is the part, in %, of its own gain until the last step.
 Both have a position table along time, made for 16 frames and stretched to 64, as the paper's models
-have. The DiT also has RoPE over the whole clip, LinGen only inside the windows. These hold half the
-picture's width.
+have. The DiT also has RoPE over the whole clip, LinGen only inside the windows. A window holds a
+whole clip of 16 frames. Rows in adapt_curves.csv are not made again.
 """
 
 import statistics
@@ -22,15 +22,13 @@ from tqdm import tqdm
 import train_tiny
 from benchmarks import ablations, common
 
-MODELS = {"LinGen": {}, "DiT": dict(mixer="attention")}
-SHORT, LONG = 16, 64
-NARROW = (4, 2, 2)  # a window of half the picture's width
+SHORT, LONG = 16, 64  # frames
+MODELS = {"LinGen": dict(window=(SHORT // 2, 4, 4)), "DiT": dict(mixer="attention")}
 
 
 def losses_after_the_move(model, steps, every, seed):
     """[(step after the move, loss)] of a run: `steps` on short clips, then as many on long ones."""
-    sizes = dict(grid=(SHORT // 2, 4, 4), window=NARROW)
-    changes = {**ablations.SMALL, **MODELS[model], **sizes}
+    changes = {**ablations.SMALL, "grid": (SHORT // 2, 4, 4), **MODELS[model]}
     # The last half of these steps is never reached: the learning rate stays at its plateau.
     run = ablations.new_run(changes, 4 * steps, seed)
     losses = []
@@ -65,11 +63,13 @@ def main():
     parser.add_argument("--every", type=int, default=50, help="steps between measurements")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     args = common.arguments(parser)
-    table = common.Table(args.out / "adapt_curves.csv")
+    how = {"steps": args.steps, "every": args.every}
+    table = common.Table(args.out / "adapt_curves.csv", resume=True, **how)
     for seed in range(args.seeds):
         for model in MODELS:
-            for step, loss in losses_after_the_move(model, args.steps, args.every, seed):
-                table.add(model=model, seed=seed, step=step, loss=round(loss, 5))
+            if not table.find(model=model, seed=seed):
+                for step, loss in losses_after_the_move(model, args.steps, args.every, seed):
+                    table.add(model=model, seed=seed, **how, step=step, loss=round(loss, 5))
     print()
     losses = {}  # (model, step) -> of each seed
     for row in table.rows:

@@ -137,7 +137,7 @@ def test_a_model_that_knows_the_clip_gives_the_clip(schedule, renoise):
     out = sampler.sample(model, TEXT, SHAPE, callback=lambda *x: seen.append(x), **options)
     torch.testing.assert_close(out, clip.expand(2, 3, *SHAPE), atol=1e-5, rtol=0)
     assert [x1[0].equal(clip) for t, x1 in seen] == 7 * [True]
-    assert model.offsets == [0, 2, 4, 6, 8, 10, 12]
+    assert model.offsets == [-12, -10, -8, -6, -4, -2, 0]  # last, as in training
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
