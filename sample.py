@@ -129,7 +129,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     strength S: begins with `known`, noised to the time 1 - S (SDEdit, arXiv 2108.01073).
     guidance: classifier-free guidance scale (Ho and Salimans 2022, arXiv 2207.12598); 1 means none.
     renoise r: the next step's noise is sqrt(1 - r^2) old + r new; 0 is Euler's method on the flow.
-    slide: TESA windows move by so many tokens of time at each step, to those of training (choice).
+    slide: tokens of time by which TESA windows move at each step; they end as in training (choice).
     callback(t, x1): called with each prediction of the clean clip.
     Clip i draws its noise on the CPU from seed + i, so that it depends on neither batch nor device.
     Raises FloatingPointError if the result is not finite, ValueError for a wrong shape of known.
@@ -159,7 +159,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     ts = [start, *(t for t in times(steps, schedule, shift).tolist() if t > start)]
     x = x if known is None else x.lerp(known, start)
     bar = tqdm(ts[:-1], disable=None if progress else True, leave=False, unit="step")
-    for i, (t, t_next) in enumerate(zip(bar, ts[1:]), 2 - len(ts)):  # the last i is 0
+    for i, (t, t_next) in enumerate(zip(bar, ts[1:]), 2 - len(ts)):  # i ends at 0
         windows = {"offset": i * slide} if slide else {}  # not every model has them
         with torch.set_grad_enabled(given is not None):
             x.requires_grad_(given is not None)
