@@ -23,7 +23,7 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 try:
     import numpy as np
@@ -45,24 +45,23 @@ ENDINGS = (".gif", ".webp", ".png", ".npy")
 class Settings:
     """How clips are sampled. A checkpoint holds its own; the command line overrides them."""
 
-    frames: Annotated[int, "1, or a multiple of the patch's frames"] = 16
-    height: Annotated[int, "pixels, a multiple of the patch's"] = 24
-    width: Annotated[int, "the same"] = 24
-    fps: Annotated[float, "frames a second, in the file"] = 16.0
-    steps: Annotated[int, "steps from noise to clip: more are slower"] = 50
-    guidance: Annotated[float, "classifier-free guidance; 1 is none"] = 1.0
+    frames: Annotated[int, "1, or a multiple of the patch's frames", 1, 4096] = 16
+    height: Annotated[int, "pixels, a multiple of the patch's", 1, 4096] = 24
+    width: Annotated[int, "the same", 1, 4096] = 24
+    fps: Annotated[float, "frames a second, in the file", 1, 100] = 16.0
+    steps: Annotated[int, "steps from noise to clip: more are slower", 1, 1000] = 50
+    guidance: Annotated[float, "classifier-free guidance; 1 is none", 0, 100] = 1.0
     schedule: Annotated[str, "of the steps: uniform, linear-quadratic or shifted"] = "shifted"
-    shift: Annotated[float, "of shifted steps: more of them near the noise"] = 8.0
-    renoise: Annotated[float, "weight of fresh noise at every step; 0 is Euler's method"] = 1.0
-    slide: Annotated[int, "tokens of time by which TESA windows move at every step"] = 1
+    shift: Annotated[float, "of shifted steps: more of them near the noise", 1, 4096] = 8.0
+    renoise: Annotated[float, "weight of fresh noise at each step; 0 is Euler's method", 0, 1] = 1.0
+    slide: Annotated[int, "tokens of time by which TESA windows move at each step", 0, 9] = 1
     seed: Annotated[int, "of the first clip; the next ones count on"] = 0
 
     def __post_init__(self):
-        ends = dict(steps=(1, 1000), fps=(1, 100), guidance=(0, 100), renoise=(0, 1), slide=(0, 9))
-        for name, value in vars(self).items():
-            low, high = ends.get(name, (1, 4096))
-            if name not in ("schedule", "seed") and not low <= value <= high:
-                raise ValueError(f"{name} is {value}; expected {low} to {high}")
+        for field in dataclasses.fields(self):
+            value, (_, _, *limits) = getattr(self, field.name), get_args(field.type)
+            if limits and not limits[0] <= value <= limits[1]:
+                raise ValueError(f"{field.name} is {value}; expected {limits[0]} to {limits[1]}")
 
 
 def encode(captions, vocabulary, seed=None):
@@ -87,10 +86,10 @@ def encode(captions, vocabulary, seed=None):
                 raise ValueError(f"the model does not know the word {word!r}; {hint}")
         for kind, known in vocabulary.items():
             named = [word for word in words if word in known]
-            if kind == "other":
-                words += [word for word in known if seed is not None and word not in words]
-            elif len(named) > 1:
+            if kind != "other" and len(named) > 1:
                 raise ValueError(f"the model shows one object, but {named} each name a {kind}")
+            if seed is not None and kind == "other":
+                words += [word for word in known if word not in words]
             elif seed is not None and named in ([], [kind]):  # "shape" leaves the shape open
                 drawn = random.Random(f"{kind} {seed + i}").choice([w for w in known if w != kind])
                 words = [word for word in words if word != kind] + [drawn]
@@ -125,7 +124,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     text and text_mask: as LinGen.forward takes them. shape: (frames, height, width).
     known (b or 1, channels, *shape), mask (b or 1, *shape): a clip, and 1 where it is given. There
         it replaces each prediction. The rest is corrected by the gradient of the error made there:
-        reconstruction guidance (Video Diffusion Models, arXiv 2204.03458; choice: step 1).
+        reconstruction guidance (Video Diffusion Models, arXiv 2204.03458; choice: step size 1).
     strength S: begins with `known`, noised to the time 1 - S (SDEdit, arXiv 2108.01073).
     guidance: classifier-free guidance scale (Ho and Salimans 2022, arXiv 2207.12598); 1 means none.
     renoise r: the next step's noise is sqrt(1 - r^2) old + r new; 0 is Euler's method on the flow.
@@ -160,7 +159,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     x = x if known is None else x.lerp(known, start)
     bar = tqdm(ts[:-1], disable=None if progress else True, leave=False, unit="step")
     for i, (t, t_next) in enumerate(zip(bar, ts[1:]), 2 - len(ts)):  # i ends at 0
-        windows = {"offset": i * slide} if slide else {}  # not every model has them
+        windows = {"offset": i * slide} if slide else {}  # a stand-in need not take it
         with torch.set_grad_enabled(given is not None):
             x.requires_grad_(given is not None)
             x1 = denoise(x, t, text_mask, **windows)
@@ -168,8 +167,8 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
                 x1 = denoise(x, t, no_words, **windows).lerp(x1, guidance)
             if given is not None:
                 wrong = (x1 - known).square().where(given, 0).sum()
-                x1 = x1 - torch.autograd.grad(wrong, x)[0]  # down the slope of the error
-                x, x1 = x.detach(), torch.where(given, known, x1).detach()
+                x1 = x1 - torch.autograd.grad(wrong, x)[0]  # a gradient step of size 1
+                x1 = torch.where(given, known, x1).detach()
         x0 = (x - t * x1) / (1 - t)  # the noise that goes with it
         if renoise and t_next < 1:
             x0 = math.sqrt(1 - renoise**2) * x0 + renoise * draw_noise()
@@ -181,11 +180,11 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
 
 
 def sample_windows(model, text, shape, *, known, mask, window, seed=0, **options):
-    """`sample` by windows of so many frames; from the end backwards if frame 0 is not given."""
-    clip, mask = known.clone(), mask.clone()
+    """`sample` by windows of so many frames, half given, half new; backwards if frame 0 is new."""
+    clip, mask = known.expand(len(text), -1, -1, -1, -1).clone(), mask.clone()
     while missing := [i for i in range(shape[0]) if not mask[:, i].all()]:
         start = missing[0] - window // 2 if missing[0] else missing[-1] + 1 - (window + 1) // 2
-        start = min(max(0, start), max(0, shape[0] - window))
+        start = max(0, min(start, shape[0] - window))
         part = slice(start, start + window)
         options |= dict(known=clip[:, :, part], mask=mask[:, part], seed=seed + start)
         clip[:, :, part] = sample(model, text, clip[:, :, part].shape[2:], **options)
@@ -266,15 +265,15 @@ def read_frames(path, height, width):
         clip = rearrange(torch.from_numpy(pixels) / 127.5 - 1, "frames h w c -> c frames h w", c=3)
     except Exception:  # a damaged file fails in many ways
         raise ValueError(f"{path} is not a picture or clip, or damaged") from None
-    if frames[0].size != (width, height):
-        print(f"note: {path} is resized from {frames[0].size} to {width, height}", file=sys.stderr)
+    if frames[0].width * height != width * frames[0].height:
+        print(f"note: {path}, {frames[0].size}, is stretched to {width, height}", file=sys.stderr)
     return clip
 
 
 def box(text):
-    """The four numbers of --box -> the slices of its rows and columns."""
+    """The four numbers of --box -> the index of its pixels in (frames, h, w)."""
     x0, y0, x1, y1 = map(int, text.split(","))
-    return slice(y0, y1), slice(x0, x1)
+    return ..., slice(y0, y1), slice(x0, x1)
 
 
 def given_part(args, settings):
@@ -289,7 +288,7 @@ def given_part(args, settings):
     if args.inpaint:
         settings["frames"] = len(mask)
         if args.box:
-            mask[(..., *args.box)] = 0
+            mask[args.box] = 0
         if args.mask:  # in the file white is resampled
             mask *= read_frames(args.mask, *mask.shape[1:])[:, :1].mean(0) < 0
         if mask.all() or not mask.any():
@@ -299,7 +298,7 @@ def given_part(args, settings):
             raise ValueError(f"{path} gives {len(mask)} frames; --frames has to be more")
         made = clip.new_zeros(3, settings["frames"] - len(mask), *mask.shape[1:])
         parts = [made, clip] if args.before else [clip, made] + [clip] * args.loop
-        mask = torch.cat([torch.full_like(part[0], part is clip) for part in parts])
+        mask = torch.cat([torch.full_like(part[0], part is clip) for part in parts])  # 1: given
         clip = torch.cat(parts, 1)
     return dict(known=clip[None], mask=mask[None], frames=len(mask))
 
@@ -361,7 +360,8 @@ def main():
     add("--out", type=Path, default="clip.gif", help=f"{' '.join(ENDINGS)} (replaced), or a folder")
     add("--checkpoint", default=Path(__file__).parent / "assets" / "tiny.pt")
     for field in dataclasses.fields(Settings):
-        kind, about = field.type.__origin__, f"{field.type.__metadata__[0]} ({field.default})"
+        kind, about = get_args(field.type)[:2]
+        about = f"{about} (usually {field.default})"
         add(f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=about)
     uses = parser.add_mutually_exclusive_group()
     uses.add_argument("--image", metavar="FILE", help="the first frame is given")
@@ -390,25 +390,25 @@ def main():
         parser.error(f"--out {args.out}: expected a folder, or an ending of {', '.join(ENDINGS)}")
     backend = {"backend": args.backend} if args.backend else {}
     model, saved = load_model(args.checkpoint, choose_device(args.device), **backend)
-    vocabulary, settings = saved["vocabulary"], {**saved["sampling"]}
-    settings |= {name: value for name, value in vars(args).items() if name in settings}
+    vocabulary = saved["vocabulary"]
+    settings = {name: getattr(args, name, value) for name, value in saved["sampling"].items()}
     Settings(**settings)  # its limits
-    given = given_part(args, settings)
-    if "mask" in given and not args.loop:  # a loop needs both its ends at once
-        given["window"] = max(saved["trained"]["frames"])
-    for name, known in saved["trained"].items():
-        if settings[name] not in known and not (name == "frames" and "window" in given):
-            print(f"warning: {name} is {settings[name]}; trained on {known}", file=sys.stderr)
-    encode(args.captions, vocabulary), times(1, settings["schedule"])  # errors before the work
+    options = given_part(args, settings)
+    if "mask" in options and not args.loop:  # a loop needs both its ends at once
+        options["window"] = max(saved["trained"]["frames"])
+    for name, sizes in saved["trained"].items():
+        if settings[name] not in sizes and not (name == "frames" and "window" in options):
+            print(f"warning: {name} is {settings[name]}; trained on {sizes}", file=sys.stderr)
+    encode(args.captions, vocabulary)  # an unknown word is an error before the work
     for i, caption in enumerate(args.captions):
         path = args.out
         if len(args.captions) > 1 or not path.suffix:  # a folder
             name = f"{i:03d}-" + re.sub(r"\W+", "-", caption)[:60]
             path = path.parent / path.stem / (name + (path.suffix or ".gif"))
         path.parent.mkdir(parents=True, exist_ok=True)  # an error before the work
-        clip = sample_captions(model, [caption], vocabulary, settings, **given, progress=True)[0]
+        clip = sample_captions(model, [caption], vocabulary, settings, **options, progress=True)[0]
         note = {**settings, "caption": caption, "checkpoint": saved["sha256"]}
-        note |= {"command": sys.argv[1:]} if given else {}
+        note |= {"command": sys.argv[1:]} if options else {}
         write_clip(path, to_frames(clip)[: settings["frames"]], settings["fps"], note)
         print(f"wrote {path}: {caption!r}, seed {settings['seed']}")
         settings["seed"] += 1

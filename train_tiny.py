@@ -50,8 +50,8 @@ def stage_at(step, steps, frames=None):
     if step % PICTURES_EVERY == 0:
         return STAGES[0]
     if frames:
-        length = frames[step % len(frames)]
-        return Stage(length, max(1, 128 // length), 1 / len(frames))  # tokens as with 16 frames
+        length = frames[(step - step // PICTURES_EVERY) % len(frames)]
+        return Stage(length, max(1, 128 // length), 1 / len(frames))  # 128 frames, or one clip
     ends = itertools.accumulate(stage.share for stage in STAGES)
     return next(stage for stage, end in zip(STAGES, ends) if step < round(end * steps))
 
@@ -144,8 +144,8 @@ class Run:
             optimizer.param_groups[0]["lr"] = rate * self.settings["rate"]
             optimizer.step()
         keep = min(0.998, (self.step + 1) / (self.step + 10))  # smaller at first
-        weights = list(self.model.state_dict().values())
-        torch._foreach_lerp_(list(self.average.state_dict().values()), weights, 1 - keep)
+        for mean, weight in zip(self.average.parameters(), self.model.parameters()):
+            mean.lerp_(weight.detach(), 1 - keep)
         self.losses.append((clips.shape[2], loss, black))
         self.step += 1
         return loss
@@ -164,7 +164,7 @@ class Run:
 
     def state(self):
         """A checkpoint: what sample.py needs, and under "training" what a resume needs."""
-        backend = self.model.config.backend
+        backend = "auto" if callable(self.model.config.backend) else self.model.config.backend
         frames = self.settings.get("frames") or [stage.frames for stage in STAGES]
         trained = {"frames": sorted({1, *frames}), "height": [shapes.SIZE], "width": [shapes.SIZE]}
         training = {"settings": self.settings, "step": self.step, "losses": self.losses}
@@ -172,7 +172,7 @@ class Run:
         training["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         return {
             "format": sampler.FORMAT,
-            "config": vars(self.model.config) | ({"backend": "auto"} if callable(backend) else {}),
+            "config": {**vars(self.model.config), "backend": backend},  # no function can be saved
             "weights": self.average.state_dict(),
             "vocabulary": shapes.WORDS,
             "sampling": vars(sampler.Settings(**(LONG if max(frames) > 16 else {}))),
@@ -186,8 +186,8 @@ class Run:
         if not saved:
             raise ValueError("the file of --out holds no training state")
         theirs = saved["settings"] | checkpoint["config"]
-        if saved["step"] == theirs["steps"]:  # --steps may grow; rate and stages follow it
-            theirs["steps"] = max(theirs["steps"], self.settings["steps"])
+        if saved["step"] == theirs["steps"] < self.settings["steps"]:  # a finished run goes on;
+            theirs["steps"] = self.settings["steps"]  # rate and stages follow the new number
         for name, value in {**self.settings, **self.state()["config"]}.items():
             if theirs.get(name) != value:
                 raise ValueError(f"the run in --out has {name} {theirs.get(name)}, not {value}")
@@ -233,7 +233,7 @@ def train(args):
     sampler.Settings(renoise=args.renoise)  # its limits
     settings = {name: getattr(args, name) for name in ("steps", "seed", "rate", "frames")}
     config = lingen.preset("tiny", **dict(args.set))
-    start = args.init and sampler.load_model(args.init, **vars(config))[0].state_dict()
+    start = sampler.load_model(args.init, **vars(config))[0].state_dict() if args.init else None
     run = Run(config, settings, device, start)
     if args.resume:
         run.restore(sampler.load_checkpoint(out))
@@ -263,12 +263,12 @@ def train(args):
         print(f"stopped at step {run.step} of {args.steps}; go on with --resume", file=sys.stderr)
         return 130
     print(f"wrote {out}, {out.with_suffix('.gif')} and {out.with_suffix('.png')}")
-    _, losses, black = zip(*run.losses[-(run.step // 10 + 1) :])
+    _, losses, black = zip(*run.losses[-(run.step // 10 + 1) :])  # the last tenth
     if run.step >= 100 and sum(losses) > sum(black) and run.model.config.predicts == "clean":
         raise FloatingPointError("the training diverged: worse than all-black clips; lower --rate")
     if args.publish:
-        weights = {name: value.half() for name, value in run.average.state_dict().items()}
-        state = {**run.state(), "weights": weights, "training": None}
+        state = {**run.state(), "training": None}
+        state["weights"] = {name: value.half() for name, value in state["weights"].items()}
         state["sampling"]["renoise"] = args.renoise
         write_checkpoint(args.publish, state)
     return 0
@@ -278,8 +278,7 @@ def evaluate(path, n, seed, device):
     """Sample n clips each of seen and of held-out captions; print what the judge says."""
     model, saved = sampler.load_model(path, device)
     for name in ("seen", "held out"):
-        generator = torch.Generator().manual_seed(seed)
-        specs = shapes.random_specs(n, generator, held_out_only=name == "held out")
+        specs = shapes.random_specs(n, torch.Generator().manual_seed(seed), name == "held out")
         captions = [shapes.caption(spec) for spec in specs]
         settings = {**saved["sampling"], "seed": seed, "progress": True}
         clips = sample_captions(model, captions, saved["vocabulary"], settings)
@@ -290,10 +289,11 @@ def setting(text):
     """NAME=VALUE of --set -> (name, value), of the type that the field has."""
     name, _, value = text.partition("=")
     fields = dict(vars(lingen.preset("tiny")))
-    del fields["channels"], fields["vocab_size"]  # as the toy has them
+    del fields["channels"], fields["vocab_size"]  # the toy sets them
     with contextlib.suppress(ValueError, SyntaxError):  # a word, as zigzag, stays one
         value = ast.literal_eval(value)
-    if type(value) is not type(fields.get(name, id)) or type(value) is tuple and len(value) != 3:
+    wrong = name not in fields or type(value) is not type(fields[name])
+    if wrong or type(value) is tuple and [type(size) for size in value] != 3 * [int]:
         known = ", ".join(f"{key}={fields[key]!r}" for key in ({name} & fields.keys() or fields))
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE, as in {known}")
     return name, value

@@ -91,8 +91,8 @@ def test_stages_follow_their_shares_and_every_eighth_step_is_on_pictures():
     frames = [train_tiny.stage_at(step, 800).frames for step in range(800)]
     assert set(frames[::8]) == {1}
     assert [f for step, f in enumerate(frames) if step % 8] == 70 * [1] + 70 * [4] + 560 * [16]
-    in_turn = [train_tiny.stage_at(step, 800, [16, 64])[:2] for step in range(5)]
-    assert in_turn == [(1, 32), (64, 2), (16, 8), (64, 2), (16, 8)]
+    in_turn = [train_tiny.stage_at(step, 800, [16, 64])[:2] for step in range(10)]
+    assert in_turn == [(1, 32), *3 * [(64, 2), (16, 8)], (64, 2), (1, 32), (16, 8)]
 
 
 def test_the_data_of_a_step_come_from_seed_and_step_alone(run):
