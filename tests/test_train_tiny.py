@@ -376,7 +376,7 @@ def test_what_torchrun_cannot_share_is_refused(command, monkeypatch, world, devi
     ("--set tesa=maybe", 2, "expected NAME=VALUE, as in tesa=True"),
     ("--set scan=spiral", 2, "unknown order 'spiral'; expected spatial-row"),
     ("--set ma=False --set tesa=False", 2, "keep ma or tesa"), ("--frames 5", 2, "multiple"),
-    ("--set backend=mamba_ssm --steps 1", 2, "mamba_ssm"),
+    ("--set backend=mamba_ssm --steps 1", 2, "mamba_ssm"), ("--set pool=(1,.5,2)", 2, "pool=(2"),
 ])  # fmt: skip
 def test_a_wrong_call_gets_one_line_and_touches_no_file(files, command, argv, code, says):
     before = {path: path.read_bytes() for path in Path().iterdir()}
