@@ -399,7 +399,7 @@ def main():
     for name, sizes in saved["trained"].items():
         if settings[name] not in sizes and not (name == "frames" and "window" in options):
             print(f"warning: {name} is {settings[name]}; trained on {sizes}", file=sys.stderr)
-    encode(args.captions, vocabulary)  # an unknown word is an error before the work
+    encode(args.captions, vocabulary), times(1, settings["schedule"])  # errors before the work
     for i, caption in enumerate(args.captions):
         path = args.out
         if len(args.captions) > 1 or not path.suffix:  # a folder

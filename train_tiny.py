@@ -307,7 +307,7 @@ def main():
     add("--steps", type=int, default=STEPS, help="training steps; the default takes 46 minutes")
     add("--seed", type=int, default=0, help="random seed of weights and data")
     add("--rate", type=float, default=RATE, help="learning rate")
-    add("--init", metavar="CHECKPOINT", help="begin with its weights, not with random ones")
+    add("--init", type=Path, metavar="CHECKPOINT", help="begin with its weights, not random ones")
     add("--frames", type=int, nargs="+", help="of clips, in turn, in place of the three stages")
     add("--set", type=setting, action="append", default=[], metavar="NAME=VALUE",
         help="field of LinGenConfig, e.g. tesa=False or scan=zigzag; may be repeated")  # fmt: skip

@@ -418,7 +418,7 @@ def assert_one_line(said, name, says):
     ("circle --backend mamba_ssm", 2, "mamba_ssm"), ("purple --out new/a.gif", 2, "does not know"),
     ("circle --edit tiny.pt", 2, "tiny.pt is not a picture or clip"),
     ("circle --box 1,2,3,4", 2, "--box goes with --inpaint"),
-    ("circle --box 1,2,3", 2, "invalid box value: '1,2,3'"),
+    ("circle --box 1,2,3", 2, "invalid box value: '1,2,3'"), ("red --schedule x --out n", 2, "'x'"),
 ])  # fmt: skip
 def test_a_wrong_call_gets_one_line_and_makes_no_file_or_folder(command, argv, code, says):
     got, said, warned = command(*argv.split())
