@@ -159,7 +159,7 @@ def sample(model, text, shape, *, text_mask=None, known=None, mask=None, strengt
     x = x if known is None else x.lerp(known, start)
     bar = tqdm(ts[:-1], disable=None if progress else True, leave=False, unit="step")
     for i, (t, t_next) in enumerate(zip(bar, ts[1:]), 2 - len(ts)):  # i ends at 0
-        windows = {"offset": i * slide} if slide else {}  # a stand-in need not take it
+        windows = {"offset": i * slide} if slide else {}  # models without windows need not take it
         with torch.set_grad_enabled(given is not None):
             x.requires_grad_(given is not None)
             x1 = denoise(x, t, text_mask, **windows)
