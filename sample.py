@@ -59,7 +59,7 @@ class Settings:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, (_, _, *limits) = getattr(self, field.name), get_args(field.type)
+            limits, value = get_args(field.type)[2:], getattr(self, field.name)
             if limits and not limits[0] <= value <= limits[1]:
                 raise ValueError(f"{field.name} is {value}; expected {limits[0]} to {limits[1]}")
 

@@ -112,7 +112,7 @@ def sample_and_judge(model, n, frames=16, seed=0):
     generator = torch.Generator().manual_seed(30_000_001 + seed)
     specs = shapes.random_specs(n, generator, held_out_only=True)
     captions = [shapes.caption(spec) for spec in specs]
-    settings = vars(sampler.Settings(frames=frames, seed=seed, slide=0))  # as in progress.csv
+    settings = vars(sampler.Settings(frames=frames, seed=seed))
     return judge.judge(train_tiny.sample_captions(model, captions, shapes.WORDS, settings), specs)
 
 
